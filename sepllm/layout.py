@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,8 @@ class KeyRanges:
     """``S``"""
     is_causal: bool = False
     """Known without looking at the tensors: query ``t`` reads exactly the keys ``0 .. S - T + t``."""
+    derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What an attention core worked out from these ranges, under its own name; every layer that shares them finds it here."""
 
     def kept_pairs(self) -> Tensor:
         """Number of (query, key) pairs that each row computes. ``[B]`` int64.
@@ -59,6 +62,12 @@ class KeyRanges:
     def read_keys(self) -> Tensor:
         """Number of keys that each query reads. ``[B, T]`` int64."""
         return (self.far_hi - self.far_lo + self.band_hi - self.band_lo).long()
+
+    def unread_keys(self) -> Tensor:
+        """Keys that no query reads: padding, and what the windows have left behind. ``[B, S]`` bool, O(T + S)."""
+        is_far_read = _covered(self.far_lo, self.far_hi, self.index.shape[1]).int()
+        reads = _covered(self.band_lo, self.band_hi, self.num_keys).int()
+        return reads.scatter_add_(1, self.index.long(), is_far_read) == 0
 
     def dense(self) -> Tensor:
         """The mask that these ranges stand for. ``[B, T, S]`` bool, True where the query reads the key."""
@@ -79,6 +88,7 @@ class KeyRanges:
             far_hi=self.far_hi.to(device, non_blocking=True),
             band_lo=self.band_lo.to(device, non_blocking=True),
             band_hi=self.band_hi.to(device, non_blocking=True),
+            derived={},
         )
 
 
@@ -173,6 +183,8 @@ class TokenLayout:
         if not pattern.reference_padding:
             if self.has_padding and bool((self.is_text.any(1) & ~self.is_text[:, -1]).any()):
                 raise ValueError("A row that ends in padding cannot go on: the padding would lie inside its text. Pad on the left.")
+            if is_text is not None and bool((self.is_text.any(1) & ~is_text[:, :1].all(1) & is_text.any(1)).any()):
+                raise ValueError("attention_mask puts padding between a row's text and what continues it: pad on the right, or start anew.")
             return self._append(ids, pattern, is_text)
         everything = replace(self, is_text=torch.ones_like(self.is_text), has_padding=False)
         grown = everything._append(ids, pattern, None)
@@ -330,3 +342,11 @@ def _shifted(whole: Tensor, start: int, count: int, *, fill: int | bool) -> Tens
     """For each of ``count`` columns from ``start`` on, what stands one column before it; ``fill`` before the first."""
     before = torch.cat([torch.full_like(whole[:, :1], fill), whole], 1)
     return before[:, start : start + count]
+
+
+def _covered(low: Tensor, high: Tensor, count: int) -> Tensor:
+    """Which of ``count`` columns lie in any of a row's ranges ``low <= c < high``, each ``[B, T]``. ``[B, count]`` bool."""
+    change = torch.zeros(low.shape[0], count + 1, dtype=torch.int32, device=low.device)
+    is_used = (high > low).int()
+    change.scatter_add_(1, low.long(), is_used).scatter_add_(1, high.long(), -is_used)
+    return change[:, :count].cumsum(1) > 0

@@ -16,11 +16,15 @@ def rotary_table(
     The second half of the last axis repeats the first, as `apply_rotary` wants it. Angles are computed in ``angle_dtype``; fp16
     there repeats Pythia's own training, whose frequencies were halved.
     """
-    exponent = torch.arange(0, rotary_dims, 2, dtype=torch.float32, device=positions.device) / rotary_dims
-    frequency = (base**-exponent).to(angle_dtype)
+    frequency = rotary_frequencies(rotary_dims, base=base, device=positions.device).to(angle_dtype)
     angle = positions[..., None].to(angle_dtype) * frequency
     angle = torch.cat([angle, angle], -1)
     return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotary_frequencies(rotary_dims: int, *, base: float, device: torch.device | str | None = None) -> Tensor:
+    """Radians per position of each pair of dimensions, ``[rotary_dims / 2]`` float32."""
+    return base ** -(torch.arange(0, rotary_dims, 2, dtype=torch.float32, device=device) / rotary_dims)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -46,8 +50,11 @@ def alibi_slopes(num_heads: int) -> Tensor:
     return torch.tensor(geometric(whole) + geometric(2 * whole)[::2][: num_heads - whole])
 
 
-def sinusoidal_table(length: int, width: int) -> Tensor:
-    """Sinusoidal position embeddings (arXiv 1706.03762), sines in the first half, cosines in the second. ``[length, width]``."""
-    frequency = 10000.0 ** -(torch.arange(0, width, 2, dtype=torch.float32) / width)
-    angle = torch.arange(length, dtype=torch.float32)[:, None] * frequency
+def sinusoidal_table(positions: Tensor, width: int) -> Tensor:
+    """Sinusoidal position embeddings (arXiv 1706.03762), sines in the first half, cosines in the second, fp32.
+
+    ``[B, T, width]`` for ``positions [B, T]``.
+    """
+    frequency = 10000.0 ** -(torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width)
+    angle = positions[..., None].float() * frequency
     return torch.cat([angle.sin(), angle.cos()], -1)

@@ -19,6 +19,9 @@ def unsupported(spec: AttentionSpec) -> str | None:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges, *, scale: float, softmax: Softmax, bias: PositionBias | None, dropout: float
 ) -> Tensor:
+    reads = ranges.dense()
+    unread = ~reads.any(1)[..., None, None]
+    k, v = k.masked_fill(unread, 0), v.masked_fill(unread, 0)  # they may hold anything, NaN included
     groups = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
     accumulate = torch.promote_types(q.dtype, torch.float32)
@@ -26,7 +29,7 @@ def attention(
     if bias is not None:
         distance = bias.query_positions[:, :, None] - bias.key_positions[:, None, :]
         scores = scores - bias.slopes[:, None, None].to(accumulate) * distance[:, None]
-    reads = ranges.dense()[:, None]
+    reads = reads[:, None]
     weights = torch.softmax(scores.masked_fill(~reads, torch.finfo(accumulate).min), -1)
     weights = weights.masked_fill(~reads, 0)  # a query that reads nothing
     if dropout:

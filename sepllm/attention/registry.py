@@ -17,8 +17,11 @@ from torch import Tensor
 from sepllm.layout import KeyRanges
 from sepllm.pattern import Softmax, Standard
 
-_CORES = ("sdpa", "dense")
+_CORES = ("sdpa", "chunked", "dense")
 """In the order in which ``auto`` prefers them."""
+
+FEW_QUERIES = 32
+"""Up to this many queries (decoding), ``auto`` takes the plain mask: there is too little work to divide."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +65,7 @@ def attend(
     """Attention of each query over the keys that its ranges name. ``[B, T, N, H]``, dtype of q.
 
     ``q [B, T, N, H]``; ``k``, ``v`` ``[B, S, K, H]`` with N a multiple of K (grouped heads). ``scale`` multiplies the scores.
-    ``core`` forces one of `core_names`; ``auto`` takes the first that supports the call. A query that reads nothing gives zeros.
+    ``core`` forces one of `core_names`; ``auto`` takes the best that supports the call. A query that reads nothing gives zeros.
     """
     _check(q, k, v, ranges)
     name = choose_core(spec_of(q, ranges, softmax=softmax, bias=bias, dropout=dropout), core)
@@ -88,7 +91,8 @@ def choose_core(spec: AttentionSpec, core: str = "auto") -> str:
     if core != "auto" and core not in _CORES:
         raise ValueError(f"core {core!r} is not known: use auto or one of {', '.join(_CORES)}.")
     reasons = {}
-    for name in _CORES if core == "auto" else (core,):
+    preferred = ("sdpa", "dense") if spec.num_queries <= FEW_QUERIES else _CORES
+    for name in preferred if core == "auto" else (core,):
         reason = _module(name).unsupported(spec)
         if reason is None:
             return name
