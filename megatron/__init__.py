@@ -1,0 +1,1 @@
+"""The pretraining framework around `sepllm`: YAML configuration, DeepSpeed engine, checkpoints."""

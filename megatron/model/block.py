@@ -1,0 +1,53 @@
+"""One transformer layer: attention and MLP around the residual stream."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from megatron.config.schema import ModelConfig
+from megatron.model.mlp import MLP
+from megatron.model.norms import make_norm
+from megatron.model.self_attention import ForwardPass, SelfAttention
+
+
+class Block(nn.Module):
+    """One layer in one of three forms, with norms n1 and n2.
+
+        gpt_j_residual                   x + attention(n1(x)) + mlp(n2(x))
+        gpt_j_residual and gpt_j_tied    x + attention(n1(x)) + mlp(n1(x))
+        neither                          y = x + attention(n1(x)), then y + mlp(n2(y))
+
+    Dropout follows each branch, bias included.
+    """
+
+    def __init__(self, config: ModelConfig, *, layer: int, core: str = "auto") -> None:
+        super().__init__()
+        self.is_parallel = config.gpt_j_residual
+        self.hidden_dropout = config.hidden_dropout
+        self.input_layernorm = make_norm(config.norm, config.hidden_size, epsilon=config.norm_epsilon)
+        self.attention = SelfAttention(config, layer=layer, core=core)
+        has_one_norm = config.gpt_j_residual and config.gpt_j_tied
+        self.post_attention_layernorm = None if has_one_norm else make_norm(config.norm, config.hidden_size, epsilon=config.norm_epsilon)
+        self.mlp = MLP(config)
+        if has_one_norm:
+            self.register_load_state_dict_pre_hook(_without_second_norm)
+
+    def forward(self, hidden_BTD: Tensor, shared: ForwardPass) -> Tensor:
+        normed = self.input_layernorm(hidden_BTD)
+        attended = self._dropped(self.attention(normed, shared))
+        if self.is_parallel:
+            second = normed if self.post_attention_layernorm is None else self.post_attention_layernorm(hidden_BTD)
+            return hidden_BTD + (attended + self._dropped(self.mlp(second)))
+        assert self.post_attention_layernorm is not None
+        hidden_BTD = hidden_BTD + attended
+        return hidden_BTD + self._dropped(self.mlp(self.post_attention_layernorm(hidden_BTD)))
+
+    def _dropped(self, branch: Tensor) -> Tensor:
+        return functional.dropout(branch, self.hidden_dropout, self.training)
+
+
+def _without_second_norm(block: nn.Module, weights: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """GPT-NeoX's checkpoints of tied blocks carry a second norm that nothing reads."""
+    for name in [name for name in weights if name.startswith(prefix + "post_attention_layernorm.")]:
+        del weights[name]

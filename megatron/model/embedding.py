@@ -1,0 +1,30 @@
+"""The first layer: word embeddings, plus those of positions where they are added and not rotated."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from megatron.config.schema import ModelConfig
+from sepllm.positions import sinusoidal_table
+
+
+class Embedding(nn.Module):
+    """``dropout(word + position)``, ``[B, T, D]``."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if config.padded_vocab_size is None:
+            raise ValueError("The model has no vocabulary size: give a tokenizer (vocab_file) or padded_vocab_size.")
+        self.config = config
+        self.word_embeddings = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size) if config.pos_emb == "learned" else None
+
+    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """``ids``, ``positions`` ``[B, T]`` int64."""
+        hidden_BTD: Tensor = self.word_embeddings(ids)
+        if self.position_embeddings is not None:
+            hidden_BTD = hidden_BTD + self.position_embeddings(positions + self.config.opt_pos_emb_offset)
+        elif self.config.pos_emb == "sinusoidal":
+            hidden_BTD = hidden_BTD + sinusoidal_table(positions, self.config.hidden_size).to(hidden_BTD.dtype)
+        return functional.dropout(hidden_BTD, self.config.hidden_dropout, self.training)

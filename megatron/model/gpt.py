@@ -1,0 +1,202 @@
+"""The whole model: a list of layers, numbered and named as GPT-NeoX stores them."""
+
+from __future__ import annotations
+
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from megatron.config.checks import NOT_BUILT_YET
+from megatron.config.loader import ConfigError
+from megatron.config.schema import CheckpointConfig, Config, GenerationConfig, ModelConfig, ParallelConfig
+from megatron.model.block import Block
+from megatron.model.cache import KeyValueCache
+from megatron.model.embedding import Embedding
+from megatron.model.init import initialise
+from megatron.model.norms import make_norm
+from megatron.model.self_attention import ForwardPass, rotary_dims
+from sepllm.attention import PositionBias
+from sepllm.layout import TokenLayout
+from sepllm.positions import alibi_slopes, rotary_table
+
+EMBEDDING = 0
+"""Place of the embedding in the list of layers. Places 1 and ``num_layers + 2`` reshape in GPT-NeoX and hold nothing."""
+FIRST_BLOCK = 2
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class LabelledBatch(Protocol):
+    """What `GPTModel.loss` reads of a micro-batch."""
+
+    @property
+    def ids(self) -> Tensor: ...
+    @property
+    def labels(self) -> Tensor: ...
+    @property
+    def loss_mask(self) -> Tensor: ...
+    @property
+    def layout(self) -> TokenLayout: ...
+
+
+def build_model(config: Config, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> GPTModel:
+    """The model of this run with its initial weights, on ``device`` (default: torch's) in ``dtype`` (default: the run's precision).
+
+    On the meta device nothing is allocated or drawn. `ConfigError` where the model asks for something that is not built.
+    """
+    _refuse_unbuilt(config)
+    device = torch.device(device) if device is not None else torch.get_default_device()
+    interval = config.training.checkpoint_num_layers if config.training.checkpoint_activations else None
+    with torch.device("meta"):
+        model = GPTModel(config.model, core=config.attention.core, checkpoint_num_layers=interval)
+    model.to(dtype or DTYPES[config.precision.precision])
+    if device.type != "meta":
+        model.to_empty(device=device)
+        initialise(model, config.model, seed=config.training.seed)
+    return model
+
+
+def _refuse_unbuilt(config: Config) -> None:
+    """How a run is parallel, saves or generates is no matter of its model, which a converter builds on one device."""
+    elsewhere = {"parallel": ParallelConfig(), "generation": GenerationConfig(), "checkpoint": CheckpointConfig()}
+    alone = config.model_copy(update=elsewhere)
+    reasons = [sentence for is_asked_for, sentence in NOT_BUILT_YET if is_asked_for(alone)]
+    if reasons:
+        raise ConfigError(reasons)
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Number of parameters of the model, exactly; nothing is allocated. Tied matrices count once."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in GPTModel(config).parameters())
+
+
+class GPTModel(nn.Module):
+    """Token ids and their layout in, logits over the padded vocabulary out.
+
+    ``sequential`` holds the layers under GPT-NeoX's places, so that state dict keys are ``sequential.N.<name>``: 0 the embedding,
+    2 to ``num_layers + 1`` the blocks, then at ``num_layers + 3`` the last norm and at ``num_layers + 4`` the output matrix,
+    which is absent where the word embeddings serve.
+    """
+
+    def __init__(self, config: ModelConfig, *, core: str = "auto", checkpoint_num_layers: int | None = None) -> None:
+        """``core``: which attention core computes. ``checkpoint_num_layers``: how many layers keep one activation between them and
+        are computed again for the backward pass; None keeps all activations."""
+        super().__init__()
+        self.config = config
+        self.checkpoint_num_layers = checkpoint_num_layers
+        layers: dict[int, nn.Module] = {EMBEDDING: Embedding(config)}
+        for layer in range(config.num_layers):
+            layers[FIRST_BLOCK + layer] = Block(config, layer=layer, core=core)
+        layers[config.num_layers + 3] = FinalNorm(config)
+        if config.no_weight_tying:
+            layers[config.num_layers + 4] = Output(config)
+        self.sequential = nn.ModuleDict({str(place): module for place, module in layers.items()})
+
+    def forward(self, ids: Tensor, layout: TokenLayout, *, cache: KeyValueCache | None = None) -> Tensor:
+        """Logits of the layout's queries, ``[B, T, V]``.
+
+        ``ids [B, T]`` are the last T columns of ``layout``. The columns before them must be in ``cache``, which grows by T.
+        """
+        self._check(ids, layout, cache)
+        embedding = cast(Embedding, self.sequential[str(EMBEDDING)])
+        hidden_BTD = embedding(ids, layout.positions)
+        hidden_BTD = self._blocks(hidden_BTD, self._shared(layout, cache, like=hidden_BTD))
+        hidden_BTD = self.sequential[str(self.config.num_layers + 3)](hidden_BTD)
+        if self.config.no_weight_tying:
+            return self.sequential[str(self.config.num_layers + 4)](hidden_BTD)
+        return functional.linear(hidden_BTD, embedding.word_embeddings.weight)
+
+    def loss(self, batch: LabelledBatch) -> Tensor:
+        """Mean loss of the batch's unmasked tokens, a scalar."""
+        logits = self(batch.ids, batch.layout)
+        return cross_entropy(logits, batch.labels, batch.loss_mask, in_fp32=not self.config.fp16_lm_cross_entropy)
+
+    def _blocks(self, hidden_BTD: Tensor, shared: ForwardPass) -> Tensor:
+        interval = self.checkpoint_num_layers
+        if interval is None or not (self.training and torch.is_grad_enabled()):
+            return self._run(hidden_BTD, shared, range(self.config.num_layers))
+        for first in range(0, self.config.num_layers, interval):
+            group = range(first, min(first + interval, self.config.num_layers))
+            hidden_BTD = checkpoint(self._run, hidden_BTD, shared, group, use_reentrant=False)
+        return hidden_BTD
+
+    def _run(self, hidden_BTD: Tensor, shared: ForwardPass, group: range) -> Tensor:
+        for layer in group:
+            hidden_BTD = self.sequential[str(FIRST_BLOCK + layer)](hidden_BTD, shared)
+        return hidden_BTD
+
+    def _shared(self, layout: TokenLayout, cache: KeyValueCache | None, *, like: Tensor) -> ForwardPass:
+        """Positions as the blocks want them: tables of the dtype of ``like``, or slopes."""
+        config = self.config
+        rotary = bias = None
+        if config.pos_emb == "rotary":
+            rotary = rotary_table(
+                layout.positions,
+                rotary_dims=rotary_dims(config),
+                base=config.rotary_emb_base,
+                dtype=like.dtype,
+                angle_dtype=torch.float16 if config.rotary_angles == "fp16" else torch.float32,
+            )
+        if config.pos_emb == "alibi":
+            slopes = alibi_slopes(config.num_attention_heads).to(like.device)
+            bias = PositionBias(slopes=slopes, query_positions=layout.positions, key_positions=layout.key_positions)
+        return ForwardPass(layout=layout, rotary=rotary, bias=bias, cache=cache)
+
+    def _check(self, ids: Tensor, layout: TokenLayout, cache: KeyValueCache | None) -> None:
+        num_keys = layout.ids.shape[1]
+        if ids.shape != (layout.ids.shape[0], layout.num_queries):
+            raise ValueError(f"ids is {tuple(ids.shape)} but the layout has {layout.num_queries} queries in each of {layout.ids.shape[0]} rows.")
+        if layout.pattern.num_layers != self.config.num_layers:
+            raise ValueError(f"The layout's pattern has {layout.pattern.num_layers} windows but num_layers is {self.config.num_layers}.")
+        held = 0 if cache is None else cache.length
+        if held + ids.shape[1] != num_keys:
+            raise ValueError(
+                f"The layout has {num_keys} columns, {ids.shape[1]} of them new, but the cache holds {held}: give the cache of this text."
+            )
+        if self.config.pos_emb == "learned" and num_keys > self.config.max_position_embeddings - self.config.opt_pos_emb_offset:
+            self._check_positions(layout)
+
+    def _check_positions(self, layout: TokenLayout) -> None:
+        """Padding and document starts make positions smaller than columns, so that only the tensor can tell."""
+        last = int(layout.positions.max()) + self.config.opt_pos_emb_offset
+        if last >= self.config.max_position_embeddings:
+            raise ValueError(
+                f"Position {last} has no embedding: max_position_embeddings is {self.config.max_position_embeddings}. Shorten the text, or train "
+                "with a larger max_position_embeddings or with pos_emb: rotary."
+            )
+
+
+class FinalNorm(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm = make_norm(config.norm, config.hidden_size, epsilon=config.norm_epsilon)
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        return self.norm(hidden_BTD)
+
+
+class Output(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.padded_vocab_size is not None
+        self.final_linear = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        return self.final_linear(hidden_BTD)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, loss_mask: Tensor, *, in_fp32: bool = True) -> Tensor:
+    """``sum(loss * mask) / sum(mask)`` over the micro-batch, a scalar; 0 where the mask hides every token.
+
+    ``logits [B, T, V]``, ``labels [B, T]`` int64, ``loss_mask [B, T]`` float. ``in_fp32=False`` computes the losses in the logits'
+    dtype; their mean is in fp32 either way.
+    """
+    if in_fp32:
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    mask = loss_mask.flatten()
+    return (losses * mask).sum() / mask.sum().clamp(min=1)

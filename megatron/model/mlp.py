@@ -1,0 +1,61 @@
+"""The feed-forward half of a block: linear1, activation, linear2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from megatron.config.schema import ModelConfig
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return functional.gelu(x, approximate="tanh")
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": functional.gelu,
+    "gelu_tanh": _gelu_tanh,
+    "relu": functional.relu,
+    "softsign": functional.softsign,
+    "swish": functional.silu,
+    "mish": functional.mish,
+    "silu": functional.silu,
+}
+GATED: dict[str, Callable[[Tensor], Tensor]] = {
+    "geglu": functional.gelu,
+    "reglu": functional.relu,
+    "swiglu": functional.silu,
+    "bilinear": _identity,
+    "glu": torch.sigmoid,
+}
+"""Of a gated activation, what is applied to the gate (arXiv 2002.05202)."""
+
+
+def linear1_rows(config: ModelConfig) -> int:
+    """Rows of linear1: the width of the MLP, twice where half of it is the gate."""
+    return config.intermediate_size * (2 if config.activation in GATED else 1)
+
+
+class MLP(nn.Module):
+    """``linear2(activation(linear1(x)))``. A gated linear1 holds ``[up ; gate]`` and yields ``up * activation(gate)``."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.is_gated = config.activation in GATED
+        self.activation = GATED[config.activation] if self.is_gated else PLAIN[config.activation]
+        self.linear1 = nn.Linear(config.hidden_size, linear1_rows(config), bias=config.use_bias_in_mlp)
+        self.linear2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.use_bias_in_mlp)
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        wide = self.linear1(hidden_BTD)
+        if self.is_gated:
+            up, gate = wide.chunk(2, -1)
+            return self.linear2(up * self.activation(gate))
+        return self.linear2(self.activation(wide))
