@@ -1,0 +1,176 @@
+"""Weights out of a checkpoint directory, under today's names, whatever layout and parallel sizes they were saved with.
+
+    mp_rank_RR_model_states.pt             without pipeline stages: everything, RR the tensor-parallel rank
+    layer_XX-model_YY-model_states.pt      with a PipelineModule: XX the layer's place, YY the tensor-parallel rank
+    layer_XX-model_states.pt               the same without tensor parallelism
+
+Files are loaded as tensors and plain values only; a pickle that wants more must be trusted by name.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron.config.schema import ModelConfig
+
+LEGACY_NAMES = {"mlp.dense_h_to_4h.": "mlp.linear1.", "mlp.dense_4h_to_h.": "mlp.linear2."}
+"""Names until September 2024: Pythia's, and those of SepLLM's fork."""
+GATED = ("geglu", "reglu", "swiglu", "bilinear", "glu")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    state: dict[str, Tensor]
+    """``sequential.N.<name>`` to the whole tensor, on the CPU."""
+    config_files: tuple[Path, ...]
+    """The configuration saved with them, as the user gave it."""
+
+
+def read_weights(directory: str | Path, *, model: ModelConfig | None = None, trust: bool = False) -> Weights:
+    """All weights of a checkpoint: a ``global_stepN`` folder, or the folder above it, whose ``latest`` names one.
+
+    ``model`` is needed where the weights are in tensor-parallel pieces, whose joints it explains. ``trust`` allows pickles to run code.
+    """
+    step = step_directory(directory)
+    state: dict[str, Tensor] = {}
+    for shards in _layers(step, trust=trust):
+        if len(shards) > 1 and model is None:
+            raise ValueError(f"{step} is in {len(shards)} tensor-parallel pieces: give the model's configuration to join them.")
+        for name in _common_names(shards, step):
+            state[name] = merged(name, [shard[name] for shard in shards], model)
+    return Weights(state=state, config_files=saved_config_files(step))
+
+
+def step_directory(directory: str | Path) -> Path:
+    """The ``global_stepN`` folder that a checkpoint path means."""
+    path = Path(directory)
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a directory: give a checkpoint folder such as checkpoints/global_step1000.")
+    latest = path / "latest"
+    return path / latest.read_text().strip() if latest.is_file() else path
+
+
+def saved_config_files(directory: str | Path) -> tuple[Path, ...]:
+    """The configuration files saved with a checkpoint, by name."""
+    folder = step_directory(directory) / "configs"
+    return tuple(sorted(path for path in folder.iterdir() if path.suffix in (".yml", ".yaml", ".json"))) if folder.is_dir() else ()
+
+
+def merged(name: str, shards: list[Tensor], model: ModelConfig | None) -> Tensor:
+    """The whole tensor of its tensor-parallel pieces, in the order of their ranks."""
+    if len(shards) == 1:
+        return shards[0]
+    assert model is not None
+    kind = re.sub(r"^sequential\.\d+\.", "", name)
+    if kind.startswith("attention.query_key_value.") and model.num_kv_heads != model.num_attention_heads:
+        return _joined_parts(shards, [model.num_attention_heads, model.num_kv_heads, model.num_kv_heads])
+    if kind.startswith("mlp.linear1.") and model.activation in GATED:
+        return _joined_parts(shards, [1, 1])
+    if kind.startswith(("word_embeddings.", "final_linear.", "attention.query_key_value.", "attention.qk_layernorm.", "mlp.linear1.")):
+        return torch.cat(shards, 0)
+    if kind in ("attention.dense.weight", "mlp.linear2.weight"):
+        return torch.cat(shards, 1)
+    if kind in ("attention.dense.bias", "mlp.linear2.bias"):
+        # With the parallel residual each rank adds its bias before the one reduction, else it is added once, after it.
+        return torch.stack(shards).float().sum(0).to(shards[0].dtype) if model.gpt_j_residual else shards[0]
+    if "norm." in kind:
+        return torch.stack(shards).float().mean(0).to(shards[0].dtype)
+    if kind == "position_embeddings.weight":
+        return shards[0]
+    raise ValueError(f"{name} is in {len(shards)} tensor-parallel pieces and there is no rule to join them.")
+
+
+def _joined_parts(shards: list[Tensor], shares: list[int]) -> Tensor:
+    """Of pieces that each hold several parts one after another, the parts made whole, one after another."""
+    sizes = [shards[0].shape[0] * share // sum(shares) for share in shares]
+    return torch.cat([torch.cat(parts, 0) for parts in zip(*(shard.split(sizes) for shard in shards), strict=True)], 0)
+
+
+def _layers(step: Path, *, trust: bool) -> Iterator[list[dict[str, Tensor]]]:
+    """Groups of layers with full names; in each group one dict a tensor-parallel rank."""
+    layer_files: dict[int, dict[int, Path]] = defaultdict(dict)
+    for path in step.iterdir():
+        if match := re.fullmatch(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt", path.name):
+            layer_files[int(match[1])][int(match[2] or 0)] = path
+    ranks = max((len(files) for files in layer_files.values()), default=0)
+    for place, files in sorted(layer_files.items()):
+        if sorted(files) != list(range(ranks)):
+            raise ValueError(f"{step} lacks pieces of layer {place}: found ranks {sorted(files)} of {ranks}. Copy the checkpoint again.")
+        states = [_load(path, trust=trust) for _, path in sorted(files.items())]
+        yield [_current_names({f"sequential.{place}.{name}": value for name, value in state.items()}) for state in states]
+    engine_files = sorted(step.glob("mp_rank_[0-9]*_model_states.pt"))
+    if not layer_files and engine_files:
+        yield [_current_names(_module(path, trust=trust)) for path in engine_files]
+    elif not layer_files:
+        yield [_current_names(_gathered(step, trust=trust))]
+
+
+def _gathered(step: Path, *, trust: bool) -> Mapping[str, Tensor]:
+    """Whole fp32 weights of a checkpoint of ZeRO stage 3, which scatters each one over the data-parallel ranks."""
+    if any(step.glob("zero_pp_rank_*_model_states.pt")):
+        if not trust:
+            raise ValueError(
+                f"{step} was saved with ZeRO stage 3, whose pieces DeepSpeed gathers with a loader that could run code. If you trust where it "
+                "comes from, say so (trust=True, or --trust_input on the command line)."
+            )
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        return get_fp32_state_dict_from_zero_checkpoint(str(step.parent), tag=step.name)
+    raise ValueError(f"{step} holds neither layer_*-model_states.pt nor mp_rank_*_model_states.pt: it is not a GPT-NeoX or DeepSpeed checkpoint.")
+
+
+def _module(path: Path, *, trust: bool) -> Mapping[str, Tensor]:
+    module = _load(path, trust=trust).get("module")
+    if not isinstance(module, Mapping):
+        raise ValueError(f"{path} holds no weights, and its layer_*-model_states.pt files are missing: copy the whole checkpoint folder.")
+    return module
+
+
+def _current_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Under today's names; without rotary frequencies, and without the second copy of tied embeddings."""
+    renamed = {}
+    for name, value in state.items():
+        if name.endswith("rotary_emb.inv_freq") or re.match(r"sequential\.[1-9]\d*\.(word|position)_embeddings\.", name):
+            continue
+        for legacy, current in LEGACY_NAMES.items():
+            name = name.replace(legacy, current)
+        renamed[name] = value
+    return renamed
+
+
+def _common_names(shards: list[dict[str, Tensor]], step: Path) -> list[str]:
+    for rank, shard in enumerate(shards):
+        if different := sorted(shard.keys() ^ shards[0].keys()):
+            raise ValueError(f"{step}: tensor-parallel ranks 0 and {rank} differ in {', '.join(different[:3])}. Copy the checkpoint again.")
+    return list(shards[0])
+
+
+class _LossScaler:
+    """Stands for DeepSpeed's, which has nothing to say about weights."""
+
+
+def _load(path: Path, *, trust: bool) -> dict[str, Tensor]:
+    """A file's dict. Random states are numpy arrays, which torch must be told are harmless."""
+    rebuild = cast(Callable[..., object], np.empty(0).__reduce__()[0])
+    harmless: list[Callable[..., object] | tuple[Callable[..., object], str]] = [np.ndarray, np.dtype, type(np.dtype(np.uint32)), rebuild]
+    harmless.append((rebuild, "numpy.core.multiarray._reconstruct"))  # its name before numpy 2
+    harmless += [(_LossScaler, f"deepspeed.runtime.fp16.loss_scaler.{name}") for name in ("LossScaler", "DynamicLossScaler")]
+    try:
+        with torch.serialization.safe_globals(harmless):
+            return torch.load(path, map_location="cpu", weights_only=not trust)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise ValueError(
+            f"{path} is a pickle that asks for {wanted[1] if wanted else 'more than tensors'}, which could run code. If you trust where it comes "
+            "from, say so (trust=True, or --trust_input on the command line)."
+        ) from error
