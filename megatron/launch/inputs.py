@@ -1,0 +1,86 @@
+"""What a run reads and writes: the tokenizer's files, the data, the folder of checkpoints. Looked at before anything is started."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.config.checks import check_startable
+from megatron.config.schema import Config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Input:
+    """One thing the configuration names."""
+
+    key: str
+    name: str
+    files: tuple[Path, ...]
+
+    @property
+    def missing(self) -> tuple[Path, ...]:
+        return tuple(path for path in self.files if not path.exists())
+
+
+def tokenizer_inputs(config: Config) -> list[Input]:
+    """The tokenizer's files."""
+    named = {"vocab_file": config.tokenizer.vocab_file, "merge_file": config.tokenizer.merge_file}
+    return [Input(key=key, name=name, files=(Path(name),)) for key, name in named.items() if name is not None]
+
+
+def data_inputs(config: Config) -> list[Input]:
+    """The pairs of token files, those of training first."""
+    data = config.data
+    named = {
+        "data_path": (data.data_path,) if data.data_path is not None else None,
+        "train_data_paths": data.train_data_paths,
+        "valid_data_paths": data.valid_data_paths,
+        "test_data_paths": data.test_data_paths,
+        "train_label_data_paths": data.train_label_data_paths,
+        "valid_label_data_paths": data.valid_label_data_paths,
+        "test_label_data_paths": data.test_label_data_paths,
+    }
+    return [
+        Input(key=key, name=prefix, files=(Path(f"{prefix}.bin"), Path(f"{prefix}.idx")))
+        for key, prefixes in named.items()
+        for prefix in prefixes or ()
+    ]
+
+
+def training_prefix(config: Config) -> str | None:
+    """The first prefix of training data that is there."""
+    training = [given for given in data_inputs(config) if given.key in ("data_path", "train_data_paths")]
+    return next((given.name for given in training if not given.missing), None)
+
+
+def obstacles(config: Config, *, script: str, has_fp16: bool) -> list[str]:
+    """Why this script cannot be started, one sentence each. `train.py` reads data and writes `save`; every script reads the tokenizer."""
+    found = check_startable(config, has_fp16=has_fp16)
+    if config.model.vocab_size is not None:
+        found += [f"{given.key}: {_listed(given.missing)}: correct the path." for given in tokenizer_inputs(config) if given.missing]
+    if Path(script).name != "train.py":
+        return found
+    found += [
+        f"{given.key}: {_listed(given.missing)}: correct the prefix, or make the data with prepare_data.py."
+        for given in data_inputs(config)
+        if given.missing
+    ]
+    if not data_inputs(config):
+        found.append("data_path and train_data_paths are both missing: name the data to train on.")
+    save = config.checkpoint.save
+    if save is not None and (reason := _unwritable(Path(save))):
+        found.append(f"save is {save}, and {reason}: choose a folder you may write to, or leave save out.")
+    return found
+
+
+def _listed(paths: tuple[Path, ...]) -> str:
+    return f"{' and '.join(map(str, paths))} {'does' if len(paths) == 1 else 'do'} not exist"
+
+
+def _unwritable(folder: Path) -> str | None:
+    """Why this folder, which need not exist yet, cannot be written to."""
+    nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        return f"{nearest} is a file"
+    return None if os.access(nearest, os.W_OK | os.X_OK) else f"{nearest} is read-only for you"

@@ -1,0 +1,146 @@
+"""deepy.py as a user starts it: two processes on the CPU, exit codes, obstacles."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from megatron.data import tokenizer
+from megatron.launch import resources
+from megatron.launch.environment import REPOSITORY
+from megatron.launch.main import main
+
+LOCAL = str(REPOSITORY / "configs" / "local")
+TINY = ["-d", LOCAL, "tiny", "tiny-sepllm"]
+RANK_SCRIPT = """
+import os, sys
+from megatron.launch.worker import worker_config
+config = worker_config()
+if os.environ["RANK"] == "1" and config.training.seed == 99:
+    sys.exit(7)
+rank, size, local, backend = (os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "DS_ACCELERATOR"))
+sys.stdout.write(f"rank {rank} of {size}, local {local}, {backend}, for {config.runtime.world_size} devices\\n")
+assert "torch" not in sys.modules
+"""
+WAITING_SCRIPT = """
+import os, pathlib, time
+from megatron.launch.worker import worker_config
+config = worker_config()
+pathlib.Path(f"pid{os.environ['RANK']}").write_text(str(os.getpid()))
+time.sleep(100)
+"""
+
+
+def deepy(*argv: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = ["timeout", "-s", "KILL", "120", sys.executable, str(REPOSITORY / "deepy.py"), *argv]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    (tmp_path / "ranks.py").write_text(RANK_SCRIPT)
+    return tmp_path
+
+
+def test_two_processes_on_a_cpu(folder: Path) -> None:
+    finished = deepy("ranks.py", *TINY, "--set", "num_gpus=2", folder=folder)
+    assert finished.returncode == 0, finished.stderr
+    said = sorted(line for line in finished.stdout.splitlines() if line.startswith("rank "))
+    assert said == ["rank 0 of 2, local 0, cpu, for 2 devices", "rank 1 of 2, local 1, cpu, for 2 devices"]
+
+
+def test_the_status_of_a_failing_rank_is_deepys(folder: Path) -> None:
+    assert deepy("ranks.py", *TINY, "--set", "num_gpus=2", "--set", "seed=99", folder=folder).returncode == 7
+
+
+def test_a_dry_run_prints_the_command_and_starts_nothing(folder: Path) -> None:
+    finished = deepy("ranks.py", *TINY, "--dry-run", folder=folder)
+    assert finished.returncode == 0
+    assert "-m deepspeed.launcher.launch" in finished.stdout
+    assert f"{folder}/ranks.py --config" in finished.stdout
+
+
+def test_starting_without_data_names_what_is_missing(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "train.py").touch()
+    (folder / "file").touch()
+    assert main(["train.py", *TINY, "--set", "save=file/deeper", "--set", "checkpoint_factor=5"]) == 2
+    told = capsys.readouterr().err
+    assert "data_path: data/tiny/text_document.bin and data/tiny/text_document.idx do not exist" in told
+    assert f"save is file/deeper, and {folder}/file is a file: choose a folder you may write to" in told
+
+
+def test_starting_without_the_tokenizer_names_it(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    overrides = ["--set", "tokenizer_type=HFTokenizer", "--set", "vocab_file=nowhere.json"]
+    assert main(["ranks.py", *TINY, *overrides]) == 2
+    assert "nowhere.json" in capsys.readouterr().err
+
+
+def test_fp16_on_a_processor_without_it_names_the_overrides_that_help(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "cpuinfo").write_text("flags : fpu avx512f f16c")
+    monkeypatch.setattr(resources, "_CPU_INFO", folder / "cpuinfo")
+    assert main(["ranks.py", *TINY, "--set", "precision=fp16"]) == 2
+    assert "--set fp16.enabled=false --set precision=bfloat16" in capsys.readouterr().err
+
+
+def test_a_vocabulary_that_is_no_json_is_asked_of_its_tokenizer(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "spm.model").touch()
+    monkeypatch.setattr(tokenizer, "build_tokenizer", lambda config: SimpleNamespace(vocab_size=1000))
+    overrides = ["--set", "tokenizer_type=SPMTokenizer", "--set", "vocab_file=spm.model"]
+    assert main(["ranks.py", *TINY, *overrides, "--check"]) == 0
+    assert "vocabulary padded to 1,024" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv", [["nowhere.py", *TINY], ["ranks.py", "nowhere.yml"], ["ranks.py", *TINY, "--set", "hostfile=nowhere"]])
+def test_bad_input_is_a_sentence_and_status_2(argv: list[str], folder: Path) -> None:
+    finished = deepy(*argv, folder=folder)
+    assert finished.returncode == 2
+    assert "nowhere" in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def wait_until(claim: Callable[[], bool], *, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not claim() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return claim()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_rank_outlives_deepy(folder: Path, number: signal.Signals) -> None:
+    (folder / "waits.py").write_text(WAITING_SCRIPT)
+    command = [sys.executable, str(REPOSITORY / "deepy.py"), "waits.py", *TINY, "--set", "num_gpus=2"]
+    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL)
+    try:
+        files = [folder / "pid0", folder / "pid1"]
+        assert wait_until(lambda: all(file.exists() and file.read_text() for file in files), seconds=60)
+        ranks = [int(file.read_text()) for file in files]
+        process.send_signal(number)
+        assert process.wait(timeout=60) != 0
+        assert wait_until(lambda: not any(map(is_running, ranks)), seconds=60)
+    finally:
+        process.kill()
