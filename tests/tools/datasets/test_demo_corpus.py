@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 import prepare_data
 from megatron.config.schema import TokenizerConfig
@@ -88,6 +89,7 @@ def test_the_split_depends_on_the_document_alone() -> None:
 def test_the_files_hold_the_documents_and_the_manifest_counts_them(tmp_path: Path) -> None:
     manifest = build(documents(), tmp_path, vocab_size=300)
     assert json.loads((tmp_path / "data.json").read_text()) == manifest
+    assert yaml.safe_load((tmp_path / "separators.yml").read_text()) == {"separator_token_ids": manifest["separator_token_ids"]}
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="HFTokenizer", vocab_file=str(tmp_path / "tokenizer.json")))
     assert (tokenizer.eod_id, manifest["eod_id"]) == (0, 0)
     assert [tokenizer.decode([token]) for token in manifest["separator_token_ids"]] == list(SEPARATORS)  # type: ignore[attr-defined]
@@ -108,7 +110,7 @@ def test_two_builds_are_equal_byte_for_byte(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         build(documents(), tmp_path / folder, vocab_size=300)
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert names == sorted(["data.json", "tokenizer.json", *(f"{split}.{kind}" for split in SPLITS for kind in ("bin", "idx"))])
+    assert names == sorted(["data.json", "separators.yml", "tokenizer.json", *(f"{split}.{kind}" for split in SPLITS for kind in ("bin", "idx"))])
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 

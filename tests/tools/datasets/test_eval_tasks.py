@@ -8,7 +8,7 @@ import pytest
 
 from tools.datasets.eval_tasks import EvalFiles, make_eval_files, sentences
 
-WORDS = "light dark river stone bird cloud field horse winter summer".split()
+WORDS = ["light", "dark", "river", "stone", "bird", "cloud", "field", "horse", "winter", "summer"]
 
 
 def document(seed: int, count: int = 30) -> str:

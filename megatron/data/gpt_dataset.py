@@ -1,0 +1,111 @@
+"""Samples of ``seq_length + 1`` tokens cut from a token file, in GPT-NeoX's order (`packing` says which, this module reads them)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NotRequired, Protocol, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron.data.index_cache import open_index
+from megatron.data.indexed import IndexedDataset
+from megatron.data.packing import SampleIndex, SampleRequest
+
+IGNORED_LABEL = -100
+
+
+class Sample(TypedDict):
+    text: NDArray[np.int64]
+    """``[seq_length + 1]`` token ids: each is the input of its place and the label of the one before."""
+    label: NotRequired[NDArray[np.int64]]
+    """The same length; below 0 where the token must not be learned. Absent: everything is learned."""
+
+
+class SampleDataset(Protocol):
+    def __len__(self) -> int:
+        """Samples of one pass."""
+        ...
+
+    @property
+    def num_readable(self) -> int:
+        """Samples that can be read from the first on without one being repeated."""
+        ...
+
+    def __getitem__(self, place: int) -> Sample: ...
+
+
+class GPTDataset:
+    """Samples of one token file.
+
+    Packed: every sequence end to end, cut each ``seq_length`` tokens; consecutive samples share a token. `len` is one less than the
+    samples there are, as in GPT-NeoX, whose sampler never visits the last; a blend may ask for it (`num_readable`).
+
+    pack_until_overflow and unpacked: whole sequences, right padded with 0, and always with a label row that hides the padding. Here
+    `len` counts every sample: their number is the number asked for, and one less would end a run a sample early.
+    """
+
+    def __init__(self, tokens: IndexedDataset, index: SampleIndex, *, seq_length: int, labels: IndexedDataset | None = None) -> None:
+        if labels is not None and not np.array_equal(labels.sizes, tokens.sizes):
+            raise ValueError(f"{labels.prefix} does not hold one label for each token of {tokens.prefix}: make both from the same documents.")
+        if not np.issubdtype(tokens.dtype, np.integer):
+            raise ValueError(f"{tokens.prefix} holds {tokens.dtype}, and tokens are integers: give the prefix of a token file.")
+        self.tokens = tokens
+        self.labels = labels
+        self.index = index
+        self.seq_length = seq_length
+        self.is_packed = index.sample_idx.ndim == 2
+
+    @classmethod
+    def open(
+        cls,
+        tokens: IndexedDataset,
+        name: str,
+        request: SampleRequest,
+        *,
+        labels: IndexedDataset | None = None,
+        is_builder: bool = True,
+        barrier: Callable[[], None] = lambda: None,
+    ) -> GPTDataset:
+        """The samples of a request; its index comes from the cache under ``name`` where that is right."""
+        index = open_index(tokens, name, request, labels=labels, is_builder=is_builder, barrier=barrier)
+        return cls(tokens, index, seq_length=request.seq_length, labels=labels)
+
+    def __len__(self) -> int:
+        return self.index.num_rows - 1 if self.is_packed else self.index.num_rows
+
+    @property
+    def num_readable(self) -> int:
+        return self.index.num_rows
+
+    def __getitem__(self, place: int) -> Sample:
+        if not 0 <= place < self.index.num_rows:
+            raise IndexError(f"Sample {place} of {self.tokens.prefix} does not exist: it has {self.index.num_rows}, counted from 0.")
+        sample = int(self.index.shuffle_idx[place])
+        text = self._row(self.tokens, sample, padding=0)
+        if self.labels is not None:
+            return {"text": text, "label": self._row(self.labels, sample, padding=IGNORED_LABEL)}
+        return {"text": text} if self.is_packed else {"text": text, "label": self._row(self.tokens, sample, padding=IGNORED_LABEL)}
+
+    def _row(self, source: IndexedDataset, sample: int, *, padding: int) -> NDArray[np.int64]:
+        pieces = self._packed_pieces(source, sample) if self.is_packed else self._whole_pieces(source, sample)
+        row = np.full(self.seq_length + 1, padding, dtype=np.int64)
+        filled = 0
+        for piece in pieces:
+            taken = piece[: len(row) - filled]
+            row[filled : filled + len(taken)] = taken
+            filled += len(taken)
+        return row
+
+    def _packed_pieces(self, source: IndexedDataset, sample: int) -> list[NDArray]:
+        """The sample's tokens and the one after them."""
+        (first, begin), (last, end) = (map(int, self.index.sample_idx[row]) for row in (sample, sample + 1))
+        doc_idx = self.index.doc_idx
+        if first == last:
+            return [source.get(int(doc_idx[first]), begin, end - begin + 1)]
+        middle = [source[int(doc_idx[position])] for position in range(first + 1, last)]
+        return [source.get(int(doc_idx[first]), begin), *middle, source.get(int(doc_idx[last]), 0, end + 1)]
+
+    def _whole_pieces(self, source: IndexedDataset, sample: int) -> list[NDArray]:
+        first, last = int(self.index.sample_idx[sample]), int(self.index.sample_idx[sample + 1])
+        return [source[int(self.index.doc_idx[position])] for position in range(first, last)]

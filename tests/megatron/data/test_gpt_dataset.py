@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron.data.gpt_dataset import IGNORED_LABEL, GPTDataset
+from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron.data.packing import PackImpl, SampleRequest, build_index
+
+
+def write(prefix: Path, rows: list[list[int]], dtype: str = "i4") -> IndexedDataset:
+    with IndexedDatasetWriter(prefix, dtype) as writer:
+        for row in rows:
+            writer.add_document(row)
+    return IndexedDataset(prefix)
+
+
+def request(count: int, *, num_samples: int = 6, seq_length: int = 4, pack_impl: PackImpl = "packed", allow_chopped: bool = True) -> SampleRequest:
+    return SampleRequest(
+        first_document=0,
+        last_document=count,
+        seq_length=seq_length,
+        num_samples=num_samples,
+        seed=3,
+        pack_impl=pack_impl,
+        allow_chopped=allow_chopped,
+    )
+
+
+def open_dataset(tokens: IndexedDataset, wanted: SampleRequest, labels: IndexedDataset | None = None) -> GPTDataset:
+    return GPTDataset(tokens, build_index(wanted, tokens.sizes), seq_length=wanted.seq_length, labels=labels)
+
+
+@pytest.mark.parametrize("seq_length", [1, 2, 3, 7, 20])
+def test_packed_samples_cut_the_shuffled_stream(seq_length: int, tmp_path: Path) -> None:
+    tokens = write(tmp_path / "x", [[10, 11, 12], [], [20], [30, 31, 32, 33, 34], [40, 41]])
+    dataset = open_dataset(tokens, request(5, seq_length=seq_length))
+    stream = np.concatenate([tokens[int(sequence)] for sequence in dataset.index.doc_idx])
+    for place in range(dataset.num_readable):
+        start = int(dataset.index.shuffle_idx[place]) * seq_length
+        assert dataset[place]["text"].tolist() == stream[start : start + seq_length + 1].tolist()
+        assert "label" not in dataset[place]
+
+
+def test_the_last_packed_sample_is_there_but_not_counted(tmp_path: Path) -> None:
+    dataset = open_dataset(write(tmp_path / "x", [[1, 2, 3, 4, 5]] * 5), request(5))
+    assert len(dataset) == dataset.num_readable - 1
+    dataset[len(dataset)]
+    for place in (-1, dataset.num_readable):
+        with pytest.raises(IndexError, match=f"Sample {place} of .*x does not exist"):
+            dataset[place]
+
+
+def test_unpacked_samples_are_one_sequence_each_with_their_padding_hidden(tmp_path: Path) -> None:
+    tokens = write(tmp_path / "x", [[1, 2], [], [3, 4, 5, 6, 7, 8], [9, 9, 9, 9, 9]])
+    dataset = open_dataset(tokens, request(4, pack_impl="unpacked"))
+    assert len(dataset) == dataset.num_readable == 6
+    rows = {tuple(dataset[place]["text"].tolist()): dataset[place]["label"].tolist() for place in range(6)}
+    assert rows == {
+        (1, 2, 0, 0, 0): [1, 2, IGNORED_LABEL, IGNORED_LABEL, IGNORED_LABEL],
+        (3, 4, 5, 6, 7): [3, 4, 5, 6, 7],
+        (9, 9, 9, 9, 9): [9, 9, 9, 9, 9],
+    }
+
+
+@pytest.mark.parametrize("pack_impl", ["pack_until_overflow", "unpacked"])
+def test_without_chopping_long_sequences_are_left_out(pack_impl: PackImpl, tmp_path: Path) -> None:
+    tokens = write(tmp_path / "x", [[1, 2], [3, 4, 5, 6, 7, 8], [9, 9]])
+    dataset = open_dataset(tokens, request(3, pack_impl=pack_impl, allow_chopped=False))
+    assert not any(3 in dataset[place]["text"] for place in range(len(dataset)))
+
+
+def test_packs_stay_inside_the_split(tmp_path: Path) -> None:
+    tokens = write(tmp_path / "x", [[document] * 2 for document in range(1, 9)])
+    wanted = SampleRequest(first_document=2, last_document=5, seq_length=4, num_samples=9, seed=3, pack_impl="pack_until_overflow")
+    dataset = open_dataset(tokens, wanted)
+    assert {int(token) for place in range(9) for token in dataset[place]["text"]} <= {0, 3, 4, 5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"last_document": 4}, "lies inside"),
+        ({"first_document": 3}, "not empty"),
+        ({"first_document": -1}, "lies inside"),
+        ({"seq_length": 0}, "at least 1 token"),
+        ({"seed": -1}, "takes 0 to 4294967295"),
+        ({"seed": 2**32}, "takes 0 to 4294967295"),
+        ({"num_epochs": 1}, "not both"),
+        ({"num_samples": None}, "not neither"),
+        ({"num_samples": 0}, "at least 1"),
+        ({"first_document": 1, "last_document": 2}, "hold no tokens"),
+        ({"num_samples": None, "num_epochs": 1, "pack_impl": "unpacked"}, "set train_iters instead of train_epochs"),
+        ({"allow_chopped": False, "seq_length": 1, "pack_impl": "unpacked"}, "finds no sequence it may use"),
+        ({"num_samples": None, "num_epochs": 1, "seq_length": 6}, "too few for one sample of 6"),
+    ],
+)
+def test_what_cannot_be_built_is_refused(changes: dict[str, object], message: str) -> None:
+    fields = {"first_document": 0, "last_document": 3, "seq_length": 2, "num_samples": 5, "seed": 1, **changes}
+    with pytest.raises(ValueError, match=message):
+        build_index(SampleRequest(**fields), np.array([3, 0, 3], dtype=np.int32))  # type: ignore[arg-type]
+
+
+def test_labels_of_other_lengths_are_refused(tmp_path: Path) -> None:
+    tokens, labels = write(tmp_path / "x", [[1, 2], [3]]), write(tmp_path / "y", [[1], [2, 3]])
+    with pytest.raises(ValueError, match="does not hold one label for each token"):
+        open_dataset(tokens, request(2, seq_length=1), labels)
+
+
+def test_a_file_of_floats_is_no_token_file(tmp_path: Path) -> None:
+    tokens = write(tmp_path / "rewards", [[1, 2, 3]], "f4")
+    with pytest.raises(ValueError, match="holds float32, and tokens are integers"):
+        open_dataset(tokens, request(1))

@@ -1,0 +1,117 @@
+"""The compiled builder against its definition in numpy."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from megatron.data import index_builder
+from megatron.data.index_builder import blend_index, build, load, sample_index, sample_index_dtype
+
+
+def defined_sample_index(sizes: NDArray, order: NDArray, *, seq_length: int, num_samples: int) -> NDArray:
+    """Where token ``i * seq_length`` of the stream lies: the first sequence that ends behind it."""
+    ends = np.cumsum(sizes[order], dtype=np.int64)
+    starts = np.arange(num_samples + 1, dtype=np.int64) * seq_length
+    position = np.searchsorted(ends, starts, side="right")
+    return np.stack([position, starts - (ends - sizes[order])[position]], axis=1)
+
+
+def defined_blend_index(weights: list[float], size: int) -> tuple[list[int], list[int]]:
+    used = [0] * len(weights)
+    parts, rows = [], []
+    for draw in range(size):
+        behind = [weight * max(draw, 1) - count for weight, count in zip(weights, used, strict=True)]
+        chosen = behind.index(max(behind))
+        parts.append(chosen)
+        rows.append(used[chosen])
+        used[chosen] += 1
+    return parts, rows
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes=st.lists(st.integers(0, 12), min_size=1, max_size=30), seq_length=st.integers(1, 20), seed=st.integers(0, 99))
+def test_samples_start_where_the_definition_says(sizes: list[int], seq_length: int, seed: int) -> None:
+    lengths = np.array(sizes, dtype=np.int32)
+    order = np.random.RandomState(seed).randint(0, len(sizes), 3 * len(sizes)).astype(np.int32)
+    count = max(0, (int(lengths[order].sum()) - 1) // seq_length)
+    if lengths[order].sum() == 0:
+        return
+    expected = defined_sample_index(lengths, order, seq_length=seq_length, num_samples=count)
+    assert np.array_equal(sample_index(lengths, order, seq_length=seq_length, num_samples=count), expected)
+    wide = load().sample_index_int64(lengths, order, seq_length=seq_length, num_samples=count)
+    assert wide.dtype == np.int64
+    assert np.array_equal(wide, expected)
+
+
+@settings(max_examples=50, deadline=None)
+@given(weights=st.lists(st.floats(0.001, 1), min_size=1, max_size=9), size=st.integers(0, 300))
+def test_draws_come_from_the_part_furthest_behind(weights: list[float], size: int) -> None:
+    parts, rows = blend_index(np.array(weights), size)
+    assert (parts.tolist(), rows.tolist()) == defined_blend_index(weights, size)
+    assert (parts.dtype, rows.dtype) == (np.uint8, np.int64)
+
+
+@pytest.mark.parametrize(("num_samples", "dtype"), [(2**30 - 3, "int32"), (2**30 - 2, "int32"), (2**30 - 1, "int64")])
+def test_rows_are_64_bit_where_gpt_neox_makes_them_so(num_samples: int, dtype: str) -> None:
+    assert (2 * (num_samples + 1) < 2**31 - 1) == (dtype == "int32")
+    assert sample_index_dtype(num_samples) == dtype
+
+
+def test_sizes_may_lie_unaligned_in_a_file() -> None:
+    raw = np.frombuffer(b"\0" + np.array([4, 5], dtype="<i4").tobytes(), dtype=np.uint8)[1:].view("<i4")
+    assert sample_index(raw, np.array([1, 0], dtype=np.int32), seq_length=4, num_samples=2).tolist() == [[0, 0], [0, 4], [1, 3]]
+
+
+def test_a_foreign_order_is_refused() -> None:
+    with pytest.raises(ValueError, match="names sequence 2, but there are 2"):
+        sample_index(np.array([3, 3]), np.array([0, 2], dtype=np.int32), seq_length=2, num_samples=2)
+
+
+def test_too_few_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match="hold 6 tokens, too few for 3 samples"):
+        sample_index(np.array([3, 3]), np.array([0, 1], dtype=np.int32), seq_length=2, num_samples=3)
+
+
+@pytest.mark.parametrize("count", [0, 255])
+def test_more_parts_than_a_byte_counts_are_refused(count: int) -> None:
+    with pytest.raises(ValueError, match="1 to 254 weights"):
+        blend_index(np.ones(count), 3)
+
+
+def test_a_missing_compiler_is_named_with_its_remedy(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"none of no-such-compiler is on PATH: install one \(apt-get install g\+\+"):
+        build(tmp_path, compilers=("no-such-compiler",))
+
+
+def test_a_compiler_that_fails_leaves_nothing_and_its_words(tmp_path: Path) -> None:
+    broken = tmp_path / "broken-c++"
+    broken.write_text("#!/bin/sh\necho no such target >&2\nexit 1\n")
+    broken.chmod(0o755)
+    with pytest.raises(ValueError, match="no such target"):
+        build(tmp_path / "cache", compilers=(str(broken),))
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_what_a_killed_build_left_behind_does_not_matter(tmp_path: Path) -> None:
+    built = build(index_builder.cache_dir())
+    (tmp_path / "sepllm_dataset_index.lock").write_text("left by a build that was killed")
+    compiler = tmp_path / "c++"
+    compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit 0\nfor last; do :; done\ncp {built} "$last"\n')
+    compiler.chmod(0o755)
+    (tmp_path / f"{built.name}.1.part").write_text("half a module")
+    assert build(tmp_path, compilers=(str(compiler),)).read_bytes() == built.read_bytes()
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    if shutil.which("c++") is None:
+        pytest.skip("c++ is not on PATH")
+    with pytest.raises(ValueError, match=r"cannot hold the compiled index builder .* set XDG_CACHE_HOME"):
+        build(tmp_path / "file" / "cache")

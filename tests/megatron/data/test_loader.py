@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from megatron.data.gpt_dataset import Sample
+from megatron.data.loader import BatchLoader
+from sepllm.pattern import AttentionPattern
+
+PATTERN = AttentionPattern(initial_tokens=1, separator_ids=(5,), windows=(2, 4))
+
+
+@dataclass
+class Numbers:
+    """Sample i is ``[i, i, i]``; the last one is there but not counted, as in packed data."""
+
+    length: int
+    num_labelled: int = 0
+
+    def __len__(self) -> int:
+        return self.length - 1
+
+    @property
+    def num_readable(self) -> int:
+        return self.length
+
+    def __getitem__(self, place: int) -> Sample:
+        text = np.full(3, place)
+        return {"text": text, "label": text - 1} if place < self.num_labelled else {"text": text}
+
+
+def read(loader: BatchLoader, count: int | None = None) -> list[list[int]]:
+    return [batch.ids[:, 0].tolist() for batch in itertools.islice(loader, count)]
+
+
+def test_a_run_ends_with_an_error_only_if_more_is_asked_for() -> None:
+    loader = BatchLoader(Numbers(7), PATTERN, micro_batch_size=2)
+    assert read(loader, 3) == [[0, 1], [2, 3], [4, 5]]
+    with pytest.raises(ValueError, match="The data ran out: all whole batches of its 7 samples were read once"):
+        read(loader)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_loader_that_resumes_gives_what_the_uninterrupted_one_gives(num_workers: int) -> None:
+    def batches(consumed_samples: int) -> list[list[int]]:
+        loader = BatchLoader(
+            Numbers(40),
+            PATTERN,
+            micro_batch_size=2,
+            data_parallel_rank=1,
+            data_parallel_size=3,
+            consumed_samples=consumed_samples,
+            num_workers=num_workers,
+        )
+        return read(loader, (36 - consumed_samples) // 6)
+
+    assert batches(0)[3:] == batches(18) == [[20, 21], [26, 27], [32, 33]]
+
+
+def test_workers_give_the_same_batches_ranges_included() -> None:
+    loaders = [BatchLoader(Numbers(9), PATTERN, micro_batch_size=2, num_workers=workers) for workers in (0, 2)]
+    for here, there in zip(*(itertools.islice(loader, 4) for loader in loaders), strict=True):
+        assert torch.equal(here.ids, there.ids)
+        assert set(there.layout._ranges) == {(2, None), (4, None)}
+        assert torch.equal(here.layout.ranges(1).dense(), there.layout.ranges(1).dense())
+
+
+@pytest.mark.parametrize("consumed_samples", [0, 2, 4, 18])
+def test_each_pass_repeats_the_same_order_without_the_ragged_tail(consumed_samples: int) -> None:
+    loader = BatchLoader(Numbers(6), PATTERN, micro_batch_size=2, passes=5, consumed_samples=consumed_samples)
+    assert read(loader, 10 - consumed_samples // 2) == ([[0, 1], [2, 3]] * 5)[consumed_samples // 2 :]
+    with pytest.raises(ValueError, match="5 samples were read 5 times"):
+        list(loader)
+
+
+def test_passes_without_end_go_on() -> None:
+    assert read(BatchLoader(Numbers(4), PATTERN, micro_batch_size=3, passes=None), 100) == [[0, 1, 2]] * 100
+
+
+def test_a_run_goes_on_with_another_batch_size_at_the_next_sample() -> None:
+    assert read(BatchLoader(Numbers(20), PATTERN, micro_batch_size=4, consumed_samples=10), 2) == [[10, 11, 12, 13], [14, 15, 16, 17]]
+    assert read(BatchLoader(Numbers(9), PATTERN, micro_batch_size=4, passes=3, consumed_samples=6), 2) == [[6, 7, 0, 1], [2, 3, 4, 5]]
+
+
+def test_less_data_than_a_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match="3 samples, fewer than one global micro-batch of 4"):
+        BatchLoader(Numbers(3), PATTERN, micro_batch_size=2, data_parallel_size=2)
+
+
+def test_a_rank_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ValueError, match="Rank 2 of 2"):
+        BatchLoader(Numbers(9), PATTERN, micro_batch_size=1, data_parallel_rank=2, data_parallel_size=2)
+
+
+def test_label_rows_become_labels() -> None:
+    (batch,) = itertools.islice(BatchLoader(Numbers(5, num_labelled=5), PATTERN, micro_batch_size=2), 1)
+    assert batch.loss_mask.tolist() == [[0, 0], [1, 1]]
+    assert batch.labels.tolist() == [[0, 0], [0, 0]]
+
+
+def test_label_rows_for_some_samples_only_are_refused() -> None:
+    with pytest.raises(ValueError, match="give label_data_paths for all of them"):
+        read(BatchLoader(Numbers(5, num_labelled=1), PATTERN, micro_batch_size=2), 1)
+
+
+def test_no_batch_is_kept() -> None:
+    seen: list[int] = []
+
+    class Counting(Numbers):
+        def __getitem__(self, place: int) -> Sample:
+            seen.append(place)
+            return super().__getitem__(place)
+
+    read(BatchLoader(Counting(4), PATTERN, micro_batch_size=3, passes=None), 3)
+    assert seen == [0, 1, 2] * 3

@@ -1,0 +1,1 @@
+"""Command-line tools around the two packages. Nothing imports them but the front-door scripts and the tests."""
