@@ -1,0 +1,1 @@
+"""Text out of a trained model, and scores of it: the work behind generate.py and eval.py."""

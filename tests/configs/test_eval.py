@@ -1,0 +1,89 @@
+"""Every task file under configs/eval builds its requests from rows with the public field names, without a network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from lm_eval.tasks import TaskManager
+
+FOLDER = Path(__file__).parents[2] / "configs" / "eval"
+CHOICE = {"choices": {"text": ["red", "blue"], "label": ["A", "B"]}, "answerKey": "B"}
+WINO = {"sentence": "The cup fit the box because the _ was small.", "option1": "cup", "option2": "box", "answer": "1"}
+ROWS: dict[str, tuple[str, dict[str, object]]] = {
+    "demo_perplexity": ("perplexity.jsonl", {"text": "All of it."}),
+    "demo_next_sentence": ("next_sentence.jsonl", {"context": "It began.", "choices": ["\nIt ended.", "\nNo."], "label": 1}),
+    "local_arc_easy": ("arc_easy.test.jsonl", {"question": "Which?", **CHOICE}),
+    "local_arc_challenge": ("arc_challenge.test.jsonl", {"question": "Which?", **CHOICE}),
+    "local_piqa": ("piqa.validation.jsonl", {"goal": "Open it", "sol1": "Push.", "sol2": "Pull.", "label": 1}),
+    "local_winogrande": ("winogrande_xl.validation.jsonl", WINO),
+    "local_lambada": ("lambada_openai.test.jsonl", {"text": "They went home to their house"}),
+    "local_wikitext": ("wikitext2_raw.test.jsonl", {"page": " = A page = \n"}),
+    "local_blimp_anaphor_gender": (
+        "blimp.test.jsonl",
+        {"sentence_good": "She saw herself.", "sentence_bad": "She saw himself.", "UID": "anaphor_gender_agreement"},
+    ),
+}
+REQUESTS: dict[str, list[tuple[str, ...]]] = {
+    "demo_perplexity": [("All of it.",)],
+    "demo_next_sentence": [("It began.", "\nIt ended."), ("It began.", "\nNo.")],
+    "local_arc_easy": [("Question: Which?\nAnswer:", " red"), ("Question: Which?\nAnswer:", " blue")],
+    "local_arc_challenge": [("Question: Which?\nAnswer:", " red"), ("Question: Which?\nAnswer:", " blue")],
+    "local_piqa": [("Question: Open it\nAnswer:", " Push."), ("Question: Open it\nAnswer:", " Pull.")],
+    "local_winogrande": [("The cup fit the box because the cup", " was small."), ("The cup fit the box because the box", " was small.")],
+    "local_lambada": [("They went home to their", " house")],
+    "local_wikitext": [(" = A page = \n",)],
+    "local_blimp_anaphor_gender": [("", " She saw herself."), ("", " She saw himself.")],
+}
+LABELS = {"demo_next_sentence": 1, "local_arc_easy": 1, "local_piqa": 1, "local_winogrande": 0, "local_blimp_anaphor_gender": 0}
+
+
+@pytest.fixture(scope="module")
+def manager() -> TaskManager:
+    return TaskManager(include_path=str(FOLDER), include_defaults=False)
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for file, row in ROWS.values():
+        (tmp_path / file).write_text(json.dumps(row) + "\n" + json.dumps(row | {"UID": "another"}) + "\n")
+    monkeypatch.setenv("SEPLLM_EVAL_DATA", str(tmp_path))
+    return tmp_path
+
+
+def test_every_task_file_is_here(manager: TaskManager) -> None:
+    assert set(manager.all_tasks) == set(ROWS)
+
+
+@pytest.mark.usefixtures("data")
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_becomes_these_requests(manager: TaskManager, name: str) -> None:
+    task = manager.load([name])["tasks"][name]
+    task.set_config(key="num_fewshot", value=0)
+    task.build_all_requests(limit=1, rank=0, world_size=1)
+    assert [instance.args for instance in task.instances] == REQUESTS[name]
+    if name in LABELS:
+        (document,) = [document for _, document in task.doc_iterator(rank=0, limit=1, world_size=1)]
+        scores = [(-float(place != LABELS[name]), place == LABELS[name]) for place in range(len(REQUESTS[name]))]
+        assert task.process_results(document, scores)["acc"] == 1.0
+
+
+@pytest.mark.usefixtures("data")
+def test_rows_are_chosen_by_their_fields(manager: TaskManager) -> None:
+    assert len(manager.load(["local_blimp_anaphor_gender"])["tasks"]["local_blimp_anaphor_gender"].eval_docs) == 1
+
+
+def test_a_folder_may_be_given_as_metadata(data: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SEPLLM_EVAL_DATA")
+    manager = TaskManager(include_path=str(FOLDER), include_defaults=False, metadata={"folder": str(data)})  # type: ignore[dict-item]
+    assert len(manager.load(["demo_perplexity"])["tasks"]["demo_perplexity"].eval_docs) == 2
+
+
+def test_a_folder_that_is_not_named_or_lacks_the_file_is_an_error(manager: TaskManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SEPLLM_EVAL_DATA", raising=False)
+    with pytest.raises(ValueError, match="set SEPLLM_EVAL_DATA"):
+        manager.load(["demo_perplexity"])
+    monkeypatch.setenv("SEPLLM_EVAL_DATA", str(tmp_path))
+    with pytest.raises(ValueError, match=r"perplexity\.jsonl does not exist"):
+        manager.load(["demo_perplexity"])
