@@ -1,0 +1,1 @@
+"""YAML configuration: flat GPT-NeoX and SepLLM keys in, typed frozen groups out."""

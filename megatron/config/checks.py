@@ -1,0 +1,335 @@
+"""What keys must be together. Each check reads the settings (or the resolved configuration) and says what contradicts what, and the remedy.
+
+`check_startable` is for starting only: a configuration that this machine or this version cannot run still resolves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from megatron.config.keys import KEYS, Confirmed
+from megatron.config.schema import Config
+from megatron.config.settings import Mistake, Settings, Unreadable
+from sepllm.pattern import SelfAdjust
+
+_SPLITS = ("train", "valid", "test")
+_DENSE_TYPES = ("global", "flash")
+
+
+def check_settings(settings: Settings) -> None:
+    """Reports everything that can be said from the keys alone."""
+    for check in _SETTINGS_CHECKS:
+        _report(settings, check(settings))
+
+
+def check_config(settings: Settings, config: Config) -> None:
+    """Reports what needs resolved values: vocabulary, padding, and saved keys that repeat a result."""
+    for check in _CONFIG_CHECKS:
+        _report(settings, check(settings, config))
+
+
+def _report(settings: Settings, mistakes: Iterator[Mistake]) -> None:
+    """Reports what a check finds, as far as the keys that it reads are readable."""
+    try:
+        for mistake in mistakes:
+            settings.report(mistake)
+    except Unreadable:
+        return
+
+
+def check_startable(config: Config, *, has_fp16: bool) -> list[str]:
+    """Why this run cannot be started here and now, one sentence each; empty when it can.
+
+    ``has_fp16``: whether the device computes in fp16 (a CPU without such units does not).
+    """
+    reasons = [sentence for is_asked_for, sentence in NOT_BUILT_YET if is_asked_for(config)]
+    if config.precision.precision == "fp16" and not has_fp16:
+        reasons.append(
+            "the configuration asks for fp16 and this device does not compute in fp16: "
+            "add --set fp16.enabled=false --set precision=bfloat16 (or precision=fp32)."
+        )
+    if config.model.vocab_size is None:
+        reasons.append(f"the size of the vocabulary is not known: vocab_file ({config.tokenizer.vocab_file}) must be the tokenizer's file.")
+    return reasons
+
+
+def _has_self_adjust(config: Config) -> bool:
+    return isinstance(config.attention.prefill.softmax, SelfAdjust)
+
+
+NOT_BUILT_YET: tuple[tuple[Callable[[Config], bool], str], ...] = (
+    (_has_self_adjust, "USE_SA_SOFTMAX and USE_SA_SOFTMAX_NO_DENO: the self-adjust softmax is not built yet."),
+    (lambda config: config.model.use_bipe, "USE_BiPE: bilevel positions are not built into the model yet."),
+    (lambda config: config.model.pos_emb == "rpe", "pos_emb rpe: relative position buckets are not built yet."),
+    (lambda config: config.model.use_mup, "use_mup: muP is not built yet."),
+    (lambda config: config.model.num_unique_layers is not None, "num_unique_layers: layers that share parameters are not built yet."),
+    (lambda config: config.parallel.pipe_parallel_size > 1, "pipe_parallel_size above 1: pipelines are not built yet; use 0 or 1."),
+    (lambda config: config.parallel.model_parallel_size > 1, "model_parallel_size above 1: tensor parallelism is not built yet; use 1."),
+    (lambda config: config.parallel.sequence_parallel, "sequence_parallel: it comes with tensor parallelism, which is not built yet."),
+    (lambda config: config.parallel.context_parallel_size > 1, "context_parallel_size above 1: context parallelism is not built yet; use 1."),
+    (lambda config: config.parallel.zero_stage == 3, "zero_optimization.stage 3: partitioned parameters are not built yet; use 0, 1 or 2."),
+    (
+        lambda config: config.generation.text_gen_type == "precompute",
+        "text_gen_type precompute: it serves preference training, which is not offered.",
+    ),
+    (
+        lambda config: config.checkpoint.checkpoint_validation_with_forward_pass,
+        "checkpoint_validation_with_forward_pass: comparing logits after loading is not built yet.",
+    ),
+)
+"""(whether the configuration asks for it, what is missing). Building a thing deletes its line."""
+
+
+def _check_required(settings: Settings) -> Iterator[Mistake]:
+    meanings = {
+        "num_layers": "the number of blocks",
+        "hidden_size": "the width of the model",
+        "num_attention_heads": "the heads of each layer",
+        "seq_length": "the tokens of one sample",
+        "max_position_embeddings": "the longest sequence, at least seq_length",
+    }
+    for key, meaning in meanings.items():
+        if not settings.has(key):
+            yield Mistake(keys=(), text=f"{key} is missing: give {meaning}.")
+
+
+def _check_heads(settings: Settings) -> Iterator[Mistake]:
+    hidden, heads = settings.need("hidden_size", int), settings.need("num_attention_heads", int)
+    if hidden % heads:
+        text = f"num_attention_heads ({heads}) must divide hidden_size ({hidden}): use {_divisors(hidden, near=heads)}, or change hidden_size."
+        yield Mistake(keys=("num_attention_heads", "hidden_size"), text=text)
+
+
+def _check_kv_heads(settings: Settings) -> Iterator[Mistake]:
+    heads, shards = settings.need("num_attention_heads", int), settings.get_or("model_parallel_size", 1)
+    kv_heads = settings.get_or("num_kv_heads", heads)
+    if heads % kv_heads:
+        text = f"num_kv_heads ({kv_heads}) must divide num_attention_heads ({heads}): use {_divisors(heads, near=kv_heads)}."
+        yield Mistake(keys=("num_kv_heads", "num_attention_heads"), text=text)
+    for key, count in {"num_attention_heads": heads, "num_kv_heads": kv_heads}.items():
+        if count % shards:
+            text = f"model_parallel_size ({shards}) must divide {key} ({count}): use {_divisors(count, near=shards)}, or change {key}."
+            yield Mistake(keys=("model_parallel_size", key), text=text)
+            return
+
+
+def _divisors(total: int, *, near: int) -> str:
+    """Up to five divisors, the nearest ones, as in ``2, 3 or 6``."""
+    divisors = sorted(sorted((d for d in range(1, total + 1) if total % d == 0), key=lambda d: abs(d - near))[:5])
+    return ", ".join(map(str, divisors[:-1])) + (" or " if len(divisors) > 1 else "") + str(divisors[-1])
+
+
+def _check_rotary(settings: Settings) -> Iterator[Mistake]:
+    if settings.get_or("pos_emb", "learned") != "rotary":
+        return
+    head_size = settings.need("hidden_size", int) // settings.need("num_attention_heads", int)
+    fraction = settings.get_or("rotary_pct", 1.0)
+    rotated = int(head_size * fraction)
+    if rotated < 2 or rotated % 2:
+        text = f"rotary_pct ({fraction:g}) rotates {rotated} of {head_size} dimensions of a head, which must be even and at least 2: change it."
+        yield Mistake(keys=("rotary_pct",), text=text)
+
+
+def _check_positions(settings: Settings) -> Iterator[Mistake]:
+    length, positions = settings.need("seq_length", int), settings.need("max_position_embeddings", int)
+    if positions < length:
+        text = f"max_position_embeddings ({positions}) is below seq_length ({length}): raise it to at least {length}."
+        yield Mistake(keys=("max_position_embeddings", "seq_length"), text=text)
+
+
+def _check_layers(settings: Settings) -> Iterator[Mistake]:
+    layers, unique = settings.need("num_layers", int), settings.get("num_unique_layers", int)
+    if unique is not None and layers % unique:
+        text = f"num_unique_layers ({unique}) must divide num_layers ({layers}): use {_divisors(layers, near=unique)}."
+        yield Mistake(keys=("num_unique_layers", "num_layers"), text=text)
+
+
+def _check_gpt_j_tied(settings: Settings) -> Iterator[Mistake]:
+    if settings.get_or("gpt_j_tied", False) and not settings.get_or("gpt_j_residual", False):
+        text = "gpt_j_tied is true and gpt_j_residual is not: one norm for both branches needs the parallel residual; set gpt_j_residual to true."
+        yield Mistake(keys=("gpt_j_tied", "gpt_j_residual"), text=text)
+
+
+def _check_attention_config(settings: Settings) -> Iterator[Mistake]:
+    """Every layer is `global` or `flash`, which are the same here, and there are as many as `num_layers`."""
+    value = settings.items("attention_config")
+    if value is None:
+        return
+    counted = 0
+    is_for_all = False
+    for item in value if isinstance(value, list) else [value]:
+        if not (isinstance(item, list) and len(item) == 2 and isinstance(item[0], list) and item[0]):
+            example = '[[["global"], 12]] or [[["global"], "all"]]'
+            yield Mistake(keys=("attention_config",), text=f"attention_config is {value!r}: give a list of [types, repeats], such as {example}.")
+            return
+        types, repeats = item[0], item[1]
+        assert isinstance(types, list)
+        for kind in dict.fromkeys(map(str, types)):
+            if kind not in _DENSE_TYPES:
+                text = f"attention_config holds {kind!r}, which is not offered: use global, with SepLLM's keys or sliding_window_width."
+                yield Mistake(keys=("attention_config",), text=text)
+        is_for_all = is_for_all or repeats == "all"
+        counted += len(types) * repeats if isinstance(repeats, int) else 0
+    layers = settings.need("num_layers", int)
+    if counted != layers and not is_for_all:
+        text = f'attention_config describes {counted} layers but num_layers is {layers}: make them equal, or write "all" for the number.'
+        yield Mistake(keys=("attention_config", "num_layers"), text=text)
+
+
+def _check_bipe(settings: Settings) -> Iterator[Mistake]:
+    if not settings.get_or("USE_BiPE", False):
+        return
+    separators = settings.wholes("BiPE_seps") or ()
+    if not separators or min(separators) < 0:
+        yield Mistake(keys=("USE_BiPE", "BiPE_seps"), text="USE_BiPE is true and BiPE_seps lists no separator ids: list them, each 0 or more.")
+    position = settings.get_or("pos_emb", "learned")
+    if position not in ("rotary", "alibi"):
+        yield Mistake(
+            keys=("USE_BiPE", "pos_emb"), text=f"USE_BiPE is true and pos_emb is {position}: bilevel positions need pos_emb rotary or alibi."
+        )
+    if settings.get_or("rope_fusion", False):
+        yield Mistake(keys=("USE_BiPE", "rope_fusion"), text="USE_BiPE and rope_fusion are both true: set rope_fusion to false.")
+    for flag in ("USE_ORIGINAL_FULL_ATTEN", "streamingLLM"):
+        if settings.get_or(flag, False):
+            yield Mistake(
+                keys=("USE_BiPE", flag), text=f"USE_BiPE and {flag} are both true, and SepLLM trains that without BiPE: set USE_BiPE to false."
+            )
+
+
+def _check_length(settings: Settings) -> Iterator[Mistake]:
+    keys = ("train_iters", "train_epochs")
+    given = [key for key in keys if settings.has(key)]
+    if len(given) == 2:
+        yield Mistake(keys=keys, text="train_iters and train_epochs are both given: give exactly one of them.")
+    if not given:
+        yield Mistake(keys=(), text="train_iters and train_epochs are both missing: give exactly one of them.")
+
+
+def _check_saving(settings: Settings) -> Iterator[Mistake]:
+    if settings.has("save") and not (settings.has("checkpoint_factor") or settings.has("extra_save_iters")):
+        yield Mistake(keys=("save",), text="save is given without checkpoint_factor or extra_save_iters: say when to save with one of them.")
+    if (
+        settings.get_or("checkpoint_scale", "linear") == "log"
+        and settings.has("checkpoint_factor")
+        and settings.get_or("checkpoint_factor", 0.0) <= 1
+    ):
+        text = "checkpoint_factor is 1 and checkpoint_scale is log: its powers never grow; use 2 or more."
+        yield Mistake(keys=("checkpoint_factor", "checkpoint_scale"), text=text)
+
+
+def _check_schedule_policy(settings: Settings) -> Iterator[Mistake]:
+    keys = ("override_lr_scheduler", "use_checkpoint_lr_scheduler")
+    if all(settings.get_or(key, False) for key in keys):
+        text = (
+            "override_lr_scheduler and use_checkpoint_lr_scheduler are both true: on resuming, either this file or the checkpoint decides; keep one."
+        )
+        yield Mistake(keys=keys, text=text)
+
+
+def _check_data_paths(settings: Settings) -> Iterator[Mistake]:
+    keys = tuple(f"{split}_data_paths" for split in _SPLITS)
+    given = [key for key in keys if settings.has(key)]
+    if given and settings.has("data_path"):
+        text = f"data_path and {given[0]} are both given: give one prefix that `split` cuts, or the three lists."
+        yield Mistake(keys=("data_path", given[0]), text=text)
+    missing = [key for key in keys if key not in given]
+    if given and missing:
+        yield Mistake(keys=tuple(given), text=f"{' and '.join(missing)} missing: {', '.join(keys)} are given all together or not at all.")
+
+
+def _check_parallel_lists(settings: Settings) -> Iterator[Mistake]:
+    """Weights and label files come one per data path."""
+    for split in _SPLITS:
+        paths = settings.items(f"{split}_data_paths")
+        for key, what in {f"{split}_data_weights": "weight", f"{split}_label_data_paths": "label file"}.items():
+            values = settings.items(key)
+            if values is not None and len(values) != len(paths or []):
+                text = f"{key} has {len(values)} entries but {split}_data_paths has {len(paths or [])}: give one {what} per path."
+                yield Mistake(keys=(key, f"{split}_data_paths"), text=text)
+
+
+def _check_zero(settings: Settings) -> Iterator[Mistake]:
+    stages, pipes = (settings.block("zero_optimization") or {}).get("stage", 0), settings.get_or("pipe_parallel_size", 0)
+    keys = ("zero_optimization.stage", "pipe_parallel_size")
+    if pipes > 1 and stages in (2, 3):
+        text = f"zero_optimization.stage {stages} does not work with pipe_parallel_size {pipes}: use stage 1, or pipe_parallel_size 1."
+        yield Mistake(keys=keys, text=text)
+
+
+def _check_vocabulary(settings: Settings, config: Config) -> Iterator[Mistake]:
+    size, padded = config.model.vocab_size, config.model.padded_vocab_size
+    if size is not None and padded is not None and size > padded:
+        text = (
+            f"the tokenizer has {size} tokens but the model's vocabulary (padded_vocab_size) has {padded}: "
+            "take padded_vocab_size out, or use the tokenizer that the model was made for."
+        )
+        yield Mistake(keys=("padded_vocab_size", "vocab_file"), text=text)
+    limit = size if size is not None else padded
+    if limit is None:
+        return
+    used = {
+        "separator_token_ids": config.attention.prefill.separator_ids,
+        "BiPE_seps": frozenset(config.model.bipe_separator_ids),
+        "PADDING_ID": frozenset() if config.attention.prefill.padding_id is None else frozenset({config.attention.prefill.padding_id}),
+    }
+    for key, ids in used.items():
+        beyond = sorted(token for token in ids if token >= limit)
+        if beyond:
+            text = f"{key} holds {', '.join(map(str, beyond))}, which the vocabulary of {limit} tokens lacks: give ids of this tokenizer."
+            yield Mistake(keys=(key,), text=text)
+
+
+def _check_padded_vocabulary(settings: Settings, config: Config) -> Iterator[Mistake]:
+    padded, shards = config.model.padded_vocab_size, config.parallel.model_parallel_size
+    if padded is not None and padded % shards:
+        text = f"model_parallel_size ({shards}) must divide padded_vocab_size ({padded}): take padded_vocab_size out."
+        yield Mistake(keys=("padded_vocab_size", "model_parallel_size"), text=text)
+
+
+def _check_cross_entropy(settings: Settings, config: Config) -> Iterator[Mistake]:
+    if config.model.fp16_lm_cross_entropy and config.precision.precision != "fp16":
+        text = f"fp16_lm_cross_entropy is true and the precision is {config.precision.precision}: it needs fp16; set it to false."
+        yield Mistake(keys=("fp16_lm_cross_entropy",), text=text)
+
+
+def _check_clipping_in_pipelines(settings: Settings, config: Config) -> Iterator[Mistake]:
+    parallel = config.parallel
+    if parallel.pipe_parallel_size > 1 and parallel.zero_stage == 0 and config.precision.precision == "fp32":
+        text = "fp32 with pipe_parallel_size above 1 and no ZeRO clips by the norm of the first stage alone: set zero_optimization.stage to 1."
+        yield Mistake(keys=("pipe_parallel_size", "zero_optimization.stage"), text=text)
+
+
+def _check_confirmed(settings: Settings, config: Config) -> Iterator[Mistake]:
+    """Keys of saved configurations that repeat a result must agree with it."""
+    for key, rule in KEYS.items():
+        if isinstance(rule, Confirmed) and key in settings.values:
+            given, result = settings.raw(key), getattr(getattr(config, rule.group), rule.field)
+            if given != result and str(given).lower() != str(result).lower():
+                text = f"{key} is {given} but the other keys and the devices make it {result}: take {key} out, or make them agree."
+                yield Mistake(keys=(key,), text=text)
+
+
+_SETTINGS_CHECKS: tuple[Callable[[Settings], Iterator[Mistake]], ...] = (
+    _check_required,
+    _check_heads,
+    _check_kv_heads,
+    _check_rotary,
+    _check_positions,
+    _check_layers,
+    _check_gpt_j_tied,
+    _check_attention_config,
+    _check_bipe,
+    _check_length,
+    _check_saving,
+    _check_schedule_policy,
+    _check_data_paths,
+    _check_parallel_lists,
+    _check_zero,
+)
+_CONFIG_CHECKS: tuple[Callable[[Settings, Config], Iterator[Mistake]], ...] = (
+    _check_vocabulary,
+    _check_padded_vocabulary,
+    _check_cross_entropy,
+    _check_clipping_in_pipelines,
+    _check_confirmed,
+)
