@@ -9,6 +9,7 @@ Files are loaded as tensors and plain values only; a pickle that wants more must
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 from collections import defaultdict
@@ -25,6 +26,8 @@ from megatron.config.schema import ModelConfig
 
 LEGACY_NAMES = {"mlp.dense_h_to_4h.": "mlp.linear1.", "mlp.dense_4h_to_h.": "mlp.linear2."}
 """Names until September 2024: Pythia's, and those of SepLLM's fork."""
+OVERRIDES = "overrides.json"
+"""Beside the configuration files of a checkpoint: what the command line changed."""
 GATED = ("geglu", "reglu", "swiglu", "bilinear", "glu")
 
 
@@ -63,7 +66,14 @@ def step_directory(directory: str | Path) -> Path:
 def saved_config_files(directory: str | Path) -> tuple[Path, ...]:
     """The configuration files saved with a checkpoint, by name."""
     folder = step_directory(directory) / "configs"
-    return tuple(sorted(path for path in folder.iterdir() if path.suffix in (".yml", ".yaml", ".json"))) if folder.is_dir() else ()
+    files = [path for path in folder.iterdir() if path.suffix in (".yml", ".yaml", ".json")] if folder.is_dir() else []
+    return tuple(sorted(path for path in files if path.name != OVERRIDES))
+
+
+def saved_overrides(directory: str | Path) -> dict[str, object]:
+    """What the command line of the run changed in those files, by key."""
+    path = step_directory(directory) / "configs" / OVERRIDES
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def merged(name: str, shards: list[Tensor], model: ModelConfig | None) -> Tensor:

@@ -1,0 +1,1 @@
+"""Which device does what: the only package that speaks to torch.distributed."""

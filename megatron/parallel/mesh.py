@@ -1,0 +1,133 @@
+"""Who this process is among the others of a run, and the start of their communication through DeepSpeed."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+
+from megatron.config.schema import Config
+
+SHARED_MEMORY_OP = "deepspeed_shm_comm"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mesh:
+    """The place of this process in the grid of pipeline stages x data-parallel replicas x tensor-parallel shards."""
+
+    world_size: int
+    rank: int
+    local_rank: int
+    """Place among the processes of this machine; also the number of its device."""
+    device: torch.device
+    data_parallel_size: int
+    data_parallel_rank: int
+    tensor_parallel_size: int = 1
+    tensor_parallel_rank: int = 0
+    pipe_parallel_size: int = 1
+    pipe_parallel_rank: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process speaks for the run: prints, logs, writes what is written once."""
+        return self.rank == 0
+
+    @classmethod
+    def start(cls, config: Config) -> Mesh:
+        """The mesh of this process, communication started.
+
+        Rank and size come from RANK, LOCAL_RANK and WORLD_SIZE (DeepSpeed's launcher, torchrun), else from srun's or mpirun's
+        variables; without any, this process is the whole run.
+        """
+        _complete_environment(config)
+        world_size, rank, local_rank = (int(os.environ[name]) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
+        if world_size != config.runtime.world_size:
+            raise ValueError(
+                f"The launcher started {world_size} processes but the configuration was resolved for {config.runtime.world_size} devices: "
+                "start it again through deepy.py, or resolve it for this many."
+            )
+        device = _own_device(config, local_rank)
+        _start_communication(device)
+        tensor, pipe = config.parallel.model_parallel_size, max(config.parallel.pipe_parallel_size, 1)
+        data = world_size // (tensor * pipe)
+        return cls(
+            world_size=world_size,
+            rank=rank,
+            local_rank=local_rank,
+            device=device,
+            data_parallel_size=data,
+            data_parallel_rank=rank // tensor % data,
+            tensor_parallel_size=tensor,
+            tensor_parallel_rank=rank % tensor,
+            pipe_parallel_size=pipe,
+            pipe_parallel_rank=rank // (tensor * data),
+        )
+
+
+def _complete_environment(config: Config) -> None:
+    """Fills in the variables that DeepSpeed reads where no launcher has set them."""
+    if "RANK" not in os.environ:
+        os.environ.update(_started_by_a_scheduler(config) or _alone())
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if config.launch.master_addr is not None:
+        os.environ.setdefault("MASTER_ADDR", config.launch.master_addr)
+        os.environ.setdefault("MASTER_PORT", str(config.launch.master_port))
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ValueError(
+            f"This is process {os.environ['RANK']} of several, but {' and '.join(missing)} are not set: let the launcher set them, or give "
+            "master_addr and master_port in the configuration."
+        )
+
+
+SCHEDULERS = {
+    "Slurm": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
+    "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
+    "PMI": ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"),
+}
+
+
+def _started_by_a_scheduler(config: Config) -> dict[str, str] | None:
+    """Rank and size as srun or mpirun announce them. None where nobody does, or for another number of processes than the run has:
+    a shell inside a Slurm allocation sees the allocation's variables too."""
+    for names in SCHEDULERS.values():
+        if all(name in os.environ for name in names) and int(os.environ[names[2]]) == config.runtime.world_size > 1:
+            return dict(zip(("RANK", "LOCAL_RANK", "WORLD_SIZE"), (os.environ[name] for name in names), strict=True))
+    return None
+
+
+def _alone() -> dict[str, str]:
+    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _own_device(config: Config, local_rank: int) -> torch.device:
+    if config.runtime.device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"Process {local_rank} of this machine has no device: torch sees {torch.cuda.device_count()}. "
+            "Start at most one process a device (slots in the hostfile, num_gpus)."
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _start_communication(device: torch.device) -> None:
+    """Joins the other processes: gloo on CPUs, NCCL on GPUs."""
+    import deepspeed  # the accelerator is chosen at its import, from DS_ACCELERATOR
+    import deepspeed.ops
+
+    if device.type == "cpu":
+        # DeepSpeed would compile its shared-memory all-reduce here: a minute, a compiler, and a lock file that a killed process
+        # leaves behind for all later ones. Only its inference engine calls that operator.
+        deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
+    deepspeed.init_distributed("gloo" if device.type == "cpu" else "nccl", auto_mpi_discovery=False, verbose=False)

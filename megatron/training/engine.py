@@ -1,0 +1,25 @@
+"""The model and its optimizer inside a DeepSpeed engine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron.config.deepspeed import deepspeed_config
+from megatron.config.schema import Config
+from megatron.model.gpt import GPTModel
+from megatron.optim.build import build_optimizer, parameter_groups
+from megatron.parallel.mesh import Mesh
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+def build_engine(model: GPTModel, config: Config, mesh: Mesh) -> DeepSpeedEngine:
+    """The engine that reduces, clips and steps. The learning rate is set before every step, so it gets no scheduler."""
+    import deepspeed  # after `Mesh.start`, which decides on the accelerator
+
+    scale = config.model.mup_width_scale if config.model.use_mup else 1.0
+    groups = parameter_groups(model, config.optimizer.weight_decay, mup_width_scale=scale)
+    optimizer = build_optimizer(groups, config.optimizer, mesh.device, lr=config.schedule.lr)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config), dist_init_required=False)
+    return engine

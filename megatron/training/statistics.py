@@ -1,0 +1,78 @@
+"""Norms of parameters, gradients and optimizer state, by parameter, and DeepSpeed's timers, for those who ask for them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from megatron.config.schema import LoggingConfig
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+TIMERS = {
+    "fwd": "forward",
+    "bwd": "backward",
+    "bwd_inner": "backward-backward",
+    "bwd_allreduce": "backward-allreduce",
+    "step": "optimizer",
+}
+"""DeepSpeed's timers of a whole step, and GPT-NeoX's names for them."""
+
+
+def timer_metrics(engine: DeepSpeedEngine, *, waited_s: float) -> dict[str, float]:
+    """Seconds of each part of the last step, under GPT-NeoX's names; nothing without `wall_clock_breakdown`."""
+    if not engine.wall_clock_breakdown():
+        return {}
+    measured_ms = engine.get_wall_clock_timers()
+    metrics = {f"timers/{TIMERS[name]}": value / 1000 for name, value in measured_ms.items() if name in TIMERS}
+    return metrics | {"timers/batch generator": waited_s}
+
+
+def parameter_statistics(engine: DeepSpeedEngine, config: LoggingConfig) -> dict[str, float]:
+    """The norms that the configuration asks for, under GPT-NeoX's names. All processes call this together, before the update."""
+    metrics: dict[str, float] = {}
+    for name, parameter in engine.module.named_parameters():
+        if config.log_param_norm:
+            metrics[f"parameter_norms/{name}"] = float(_whole(engine, parameter).float().norm())
+        if config.log_grad_norm or config.log_grad_pct_zeros:
+            gradient = _gradient(engine, parameter)
+            if gradient is not None and config.log_grad_norm:
+                metrics[f"gradient_norms/{name}"] = float(gradient.float().norm())
+            if gradient is not None and config.log_grad_pct_zeros:
+                metrics[f"pct_grad_zeros/{name}"] = float((gradient == 0).float().mean()) * 100
+    if config.log_optimizer_states:
+        metrics |= _optimizer_state_norms(engine)
+    return metrics
+
+
+def _whole(engine: DeepSpeedEngine, parameter: nn.Parameter) -> Tensor:
+    """All of the parameter, which ZeRO stage 3 scatters."""
+    if engine.zero_optimization_stage() < 3:
+        return parameter.detach()
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return safe_get_full_fp32_param(parameter)
+
+
+def _gradient(engine: DeepSpeedEngine, parameter: nn.Parameter) -> Tensor | None:
+    """The whole gradient, wherever ZeRO keeps it; unscaled."""
+    if not engine.zero_optimization():
+        scale = float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
+        return None if parameter.grad is None else parameter.grad / scale
+    from deepspeed.utils import safe_get_full_grad
+
+    return safe_get_full_grad(parameter)
+
+
+def _optimizer_state_norms(engine: DeepSpeedEngine) -> dict[str, float]:
+    """By place and name of the state, as far as this process holds it."""
+    return {
+        f"optimizer_state_norms/{place}_{name}": float(torch.as_tensor(value).float().norm())
+        for place, state in enumerate(engine.basic_optimizer.state.values())
+        for name, value in state.items()
+        if name != "step"
+    }

@@ -1,0 +1,103 @@
+"""One training step: the micro-batches through the model, and one update by the DeepSpeed engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from megatron.data.batch import Batch
+from megatron.model.gpt import cross_entropy
+from megatron.optim.build import set_learning_rate
+from megatron.parallel.collectives import mean_over_data_parallel
+from megatron.parallel.mesh import Mesh
+from megatron.training.ratios import Ratios
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """What one step did."""
+
+    loss: float
+    """Mean over the micro-batches of all replicas."""
+    micro_losses: tuple[float, ...]
+    """Of this replica's micro-batches, in order."""
+    grad_norm: float | None
+    """Before clipping. None where DeepSpeed was told not to compute it."""
+    is_skipped: bool
+    """The gradients overflowed (fp16) and the weights stayed as they were."""
+    loss_scale: float | None
+    """fp16 only."""
+    ratios: Ratios
+    """How sparse this replica's attention was."""
+
+
+def train_step(
+    engine: DeepSpeedEngine,
+    batches: Iterator[Batch],
+    mesh: Mesh,
+    *,
+    lr: float,
+    before_update: Callable[[DeepSpeedEngine], None] | None = None,
+) -> StepReport:
+    """One optimizer step over the next ``gradient_accumulation_steps`` micro-batches.
+
+    ``before_update`` sees the engine when the last gradients are there and the weights have not moved.
+    """
+    set_learning_rate(engine.optimizer, lr)
+    engine.train()
+    losses: list[Tensor] = []
+    ratios = Ratios()
+    for _ in range(engine.gradient_accumulation_steps()):
+        batch = next(batches)
+        loss = batch_loss(engine, batch.to(mesh.device))
+        engine.backward(loss)
+        losses.append(loss.detach())
+        ratios += Ratios.of(batch.layout)
+        if engine.is_gradient_accumulation_boundary():
+            norm, scale = own_gradient_norm(engine), loss_scale(engine)
+            if before_update is not None:
+                before_update(engine)
+        engine.step()
+    micro_losses = torch.stack(losses)
+    return StepReport(
+        loss=float(mean_over_data_parallel(micro_losses.mean(), mesh)),
+        micro_losses=tuple(micro_losses.tolist()),
+        grad_norm=norm if norm is not None else engine_gradient_norm(engine, scale=scale),
+        is_skipped=not engine.was_step_applied(),
+        loss_scale=loss_scale(engine),
+        ratios=ratios,
+    )
+
+
+def batch_loss(engine: DeepSpeedEngine, batch: Batch) -> Tensor:
+    """Mean loss of the micro-batch's unmasked tokens, a scalar."""
+    logits = engine(batch.ids, batch.layout)
+    return cross_entropy(logits, batch.labels, batch.loss_mask, in_fp32=not engine.module.config.fp16_lm_cross_entropy)
+
+
+def loss_scale(engine: DeepSpeedEngine) -> float | None:
+    """What the loss is multiplied with before the backward pass. fp16 only."""
+    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
+
+
+def own_gradient_norm(engine: DeepSpeedEngine) -> float | None:
+    """Norm of the reduced gradients where the engine runs a bare torch optimizer (fp32 without ZeRO) and keeps no norm; else None."""
+    if engine.zero_optimization() or engine.fp16_enabled() or engine.bfloat16_enabled():
+        return None
+    gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))
+
+
+def engine_gradient_norm(engine: DeepSpeedEngine, *, scale: float | None) -> float | None:
+    """The norm that DeepSpeed computed in its step. Only with ZeRO has it taken the loss ``scale`` out."""
+    norm = engine.get_global_grad_norm()
+    if norm is None:
+        return None
+    return float(norm) if engine.zero_optimization() or scale is None else float(norm) / scale
