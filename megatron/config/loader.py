@@ -64,6 +64,7 @@ def load_config_with_notes(
     if settings.mistakes:
         raise ConfigError(settings.mistakes)
     assert config is not None, "something was unreadable and nobody reported it"
+    config = config.model_copy(update={"overrides": dict(overrides or {})})
     return LoadedConfig(config=config, notes=tuple(dict.fromkeys([*settings.notes, *advice(config)])))
 
 

@@ -327,3 +327,5 @@ class Config(Group):
     deepspeed: dict[str, JsonValue] = {}
     """Members of the DeepSpeed configuration that pass through: activation_checkpointing, comms_logger, flops_profiler, ..."""
     files: tuple[ConfigFile, ...] = ()
+    overrides: dict[str, JsonValue] = {}
+    """What the command line changed (`--set` and the flags that stand for a key), by key. Saved with every checkpoint, like the files."""

@@ -14,12 +14,17 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+"""glibc gives blocks above 32 MB (logits) back to the system as soon as they are freed, and the next step faults every page in again.
+Keeping them made a step of the demo's model 1.2 times as fast on two CPU cores."""
+
+
 def worker_variables(environ: Mapping[str, str], *, device: str, local_size: int) -> dict[str, str]:
     """What to add to an environment for ``local_size`` workers on one host. Variables that the user has set stay as they are."""
     cores = len(os.sched_getaffinity(0))
     wanted = {"OMP_NUM_THREADS": str(max(1, cores // local_size)), "TORCH_EXTENSIONS_DIR": str(extensions_folder(environ))}
     if device == "cpu":
-        wanted["DS_ACCELERATOR"] = "cpu"
+        wanted |= {"DS_ACCELERATOR": "cpu", **KEEP_FREED_MEMORY}
     added = {name: value for name, value in wanted.items() if not environ.get(name)}
     path = environ.get("PYTHONPATH", "").split(os.pathsep)
     if str(REPOSITORY) not in path:

@@ -38,7 +38,6 @@ from megatron.config.schema import (
     TrainingConfig,
 )
 from megatron.model.gpt import build_model
-from megatron.training.weights import saved_config_files
 from sepllm.hf import SepLLMGPTNeoXForCausalLM
 from sepllm.pattern import AttentionPattern
 from tools.ckpts import convert_neox_to_hf, hf_config
@@ -249,7 +248,7 @@ def pipeline_checkpoint(tmp_path: Path) -> Path:
     (step / "configs").mkdir(parents=True)
     (step / "configs" / "size.yml").write_text(YAML + METHOD)
     (tmp_path / "run" / "latest").write_text("global_step7")
-    config = run_config(saved_config_files(step), source=step)
+    config = run_config(step)
     whole = config.model_copy(update={"model": config.model.model_copy(update={"padded_vocab_size": VOCABULARY})})
     layers: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
     for key, value in build_model(whole, device="cpu").state_dict().items():
@@ -263,6 +262,13 @@ def pipeline_checkpoint(tmp_path: Path) -> Path:
     for (place, rank), state in layers.items():
         torch.save(state, step / f"layer_{place:02}-model_{rank:02}-model_states.pt")
     return tmp_path / "run"
+
+
+def test_what_the_command_line_changed_is_part_of_the_saved_configuration(pipeline_checkpoint: Path) -> None:
+    step = pipeline_checkpoint / "global_step7"
+    (step / "configs" / "overrides.json").write_text(json.dumps({"gas": 2, "prefill_local_window_size": 3}))
+    assert run_config(step).attention.prefill.windows == (3,) * run_config(step).model.num_layers
+    assert set(run_config(step, config_files=[step / "configs" / "size.yml"]).attention.prefill.windows) == {4}
 
 
 def test_the_command_converts_what_it_finds_in_the_checkpoint(pipeline_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,10 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also from a chec
 
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
+from megatron.config.keys import canonical
 from megatron.config.loader import load_config
 from megatron.config.schema import Config
 from megatron.model.gpt import build_model
-from megatron.training.weights import read_weights, saved_config_files
+from megatron.training.weights import read_weights, saved_config_files, saved_overrides
 from sepllm.hf.bundle import write_bundle
 from sepllm.layout import TokenLayout
 from tools.ckpts.hf_config import ARCHITECTURES, SpecialTokens, hf_config
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         converted = convert(
-            run_config(options.config_file or saved_config_files(options.input_dir), source=options.input_dir),
+            run_config(options.input_dir, config_files=options.config_file),
             input_dir=options.input_dir,
             output_dir=options.output_dir,
             precision=options.precision,
@@ -121,10 +122,15 @@ def notes(config: Config, described: PreTrainedConfig) -> tuple[str, ...]:
     return tuple(told)
 
 
-def run_config(config_files: Sequence[Path], *, source: Path) -> Config:
-    """The run's configuration, as if for one device: a model is the same however many trained it."""
+def run_config(directory: Path, *, config_files: Sequence[Path] | None = None) -> Config:
+    """The run's configuration, as if for one device: a model is the same however many trained it.
+
+    By default that saved with the checkpoint, command line included; ``config_files`` take its place.
+    """
+    overrides = {} if config_files else {canonical(key): value for key, value in saved_overrides(directory).items()}
+    config_files = config_files or saved_config_files(directory)
     if not config_files:
-        raise ValueError(f"{source} has no configs/ folder: name the run's YAML files with --config_file.")
+        raise ValueError(f"{directory} has no configs/ folder: name the run's YAML files with --config_file.")
     one_device = {
         "train_batch_size": 1,
         "train_micro_batch_size_per_gpu": 1,
@@ -132,7 +138,7 @@ def run_config(config_files: Sequence[Path], *, source: Path) -> Config:
         "model_parallel_size": 1,
         "pipe_parallel_size": 0,
     }
-    return load_config(config_files, overrides=one_device, world_size=1)
+    return load_config(config_files, overrides=overrides | one_device, world_size=1)
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase | None, pad_token_id: int | None) -> SpecialTokens:

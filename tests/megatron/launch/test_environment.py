@@ -6,7 +6,7 @@ import fcntl
 import os
 from pathlib import Path
 
-from megatron.launch.environment import REPOSITORY, extensions_folder, guard_extensions, worker_variables
+from megatron.launch.environment import KEEP_FREED_MEMORY, REPOSITORY, extensions_folder, guard_extensions, worker_variables
 
 
 def test_cores_are_divided_among_the_workers_of_a_host() -> None:
@@ -17,6 +17,7 @@ def test_cores_are_divided_among_the_workers_of_a_host() -> None:
 
 def test_variables_that_the_user_has_set_stay() -> None:
     mine = {"OMP_NUM_THREADS": "3", "TORCH_EXTENSIONS_DIR": "/x", "DS_ACCELERATOR": "cpu", "PYTHONPATH": f"/y:{REPOSITORY}"}
+    mine |= dict.fromkeys(KEEP_FREED_MEMORY, "7")
     assert worker_variables(mine, device="cpu", local_size=1) == {}
 
 
@@ -26,8 +27,9 @@ def test_the_repository_comes_first_on_the_python_path() -> None:
 
 
 def test_only_cpu_workers_are_told_so() -> None:
-    assert worker_variables({}, device="cpu", local_size=1)["DS_ACCELERATOR"] == "cpu"
-    assert "DS_ACCELERATOR" not in worker_variables({}, device="cuda", local_size=1)
+    for name in ("DS_ACCELERATOR", *KEEP_FREED_MEMORY):
+        assert name in worker_variables({}, device="cpu", local_size=1)
+        assert name not in worker_variables({}, device="cuda", local_size=1)
 
 
 def test_compiled_operators_lie_in_the_users_cache(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from megatron.config.loader import config_to_json
 from megatron.config.schema import Config
 from megatron.launch import runner
-from megatron.launch.environment import REPOSITORY
+from megatron.launch.environment import KEEP_FREED_MEMORY, REPOSITORY
 from megatron.launch.resources import Resources
 from megatron.launch.worker import worker_config
 
@@ -46,7 +46,7 @@ def test_one_host_is_started_by_the_node_launcher(tiny: TinyConfig, tmp_path: Pa
     places = (f"--world_info={world}", "--master_addr=127.0.0.1", "--master_port=29500")
     assert job.command == (*NODE_LAUNCHER, *places, *QUIET, str(SCRIPT), "--config", f"{tmp_path}/config.json")
     assert job.files == {tmp_path / "config.json": config_to_json(config)}
-    assert job.variables.keys() == {"DS_ACCELERATOR", "OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR", "PYTHONPATH"}
+    assert job.variables.keys() == {"DS_ACCELERATOR", "OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR", "PYTHONPATH", *KEEP_FREED_MEMORY}
 
 
 def test_slots_keep_the_names_cuda_gives_them(tiny: TinyConfig, tmp_path: Path) -> None:
