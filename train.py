@@ -1,19 +1,22 @@
 """Trains: `python deepy.py train.py your.yml`. Started once a device by deepy's launcher, by torchrun or srun, or alone."""
 
-from __future__ import annotations
-
 import sys
 
 from megatron.launch.worker import worker_config
 
 
-def main() -> None:
-    config = worker_config(sys.argv[1:])
+def main() -> int:
+    """The exit status; 2, and a sentence, where the input is wrong."""
+    config = worker_config()  # before torch: it completes the environment
+    from megatron.training.trainer import CannotStart, train
 
-    from megatron.training.trainer import train  # torch comes after the environment that worker_config completes
-
-    train(config)
+    try:
+        train(config)
+    except CannotStart as mistake:
+        print(mistake, file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -67,14 +67,9 @@ NOT_BUILT_YET: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (lambda config: config.parallel.model_parallel_size > 1, "model_parallel_size above 1: tensor parallelism is not built yet; use 1."),
     (lambda config: config.parallel.sequence_parallel, "sequence_parallel: it comes with tensor parallelism, which is not built yet."),
     (lambda config: config.parallel.context_parallel_size > 1, "context_parallel_size above 1: context parallelism is not built yet; use 1."),
-    (lambda config: config.parallel.zero_stage == 3, "zero_optimization.stage 3: partitioned parameters are not built yet; use 0, 1 or 2."),
     (
         lambda config: config.generation.text_gen_type == "precompute",
         "text_gen_type precompute: it serves preference training, which is not offered.",
-    ),
-    (
-        lambda config: config.checkpoint.checkpoint_validation_with_forward_pass,
-        "checkpoint_validation_with_forward_pass: comparing logits after loading is not built yet.",
     ),
 )
 """(whether the configuration asks for it, what is missing). Building a thing deletes its line."""

@@ -30,8 +30,6 @@ class Block(nn.Module):
         has_one_norm = config.gpt_j_residual and config.gpt_j_tied
         self.post_attention_layernorm = None if has_one_norm else make_norm(config.norm, config.hidden_size, epsilon=config.norm_epsilon)
         self.mlp = MLP(config)
-        if has_one_norm:
-            self.register_load_state_dict_pre_hook(_without_second_norm)
 
     def forward(self, hidden_BTD: Tensor, shared: ForwardPass) -> Tensor:
         normed = self.input_layernorm(hidden_BTD)
@@ -45,9 +43,3 @@ class Block(nn.Module):
 
     def _dropped(self, branch: Tensor) -> Tensor:
         return functional.dropout(branch, self.hidden_dropout, self.training)
-
-
-def _without_second_norm(block: nn.Module, weights: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """GPT-NeoX's checkpoints of tied blocks carry a second norm that nothing reads."""
-    for name in [name for name in weights if name.startswith(prefix + "post_attention_layernorm.")]:
-        del weights[name]

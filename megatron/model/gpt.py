@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron.config.checks import NOT_BUILT_YET
 from megatron.config.loader import ConfigError
-from megatron.config.schema import CheckpointConfig, Config, GenerationConfig, ModelConfig, ParallelConfig
+from megatron.config.schema import Config, GenerationConfig, ModelConfig, ParallelConfig
 from megatron.model.block import Block
 from megatron.model.cache import KeyValueCache
 from megatron.model.embedding import Embedding
@@ -60,8 +60,8 @@ def build_model(config: Config, *, device: torch.device | str | None = None, dty
 
 
 def _refuse_unbuilt(config: Config) -> None:
-    """How a run is parallel, saves or generates is no matter of its model, which a converter builds on one device."""
-    elsewhere = {"parallel": ParallelConfig(), "generation": GenerationConfig(), "checkpoint": CheckpointConfig()}
+    """How a run is parallel or generates is no matter of its model, which a converter builds on one device."""
+    elsewhere = {"parallel": ParallelConfig(), "generation": GenerationConfig()}
     alone = config.model_copy(update=elsewhere)
     reasons = [sentence for is_asked_for, sentence in NOT_BUILT_YET if is_asked_for(alone)]
     if reasons:

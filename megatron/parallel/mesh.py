@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +48,7 @@ class Mesh:
                 "start it again through deepy.py, or resolve it for this many."
             )
         device = _own_device(config, local_rank)
-        _start_communication(device)
+        _start_communication(device, is_alone=world_size == 1)
         tensor, pipe = config.parallel.model_parallel_size, max(config.parallel.pipe_parallel_size, 1)
         data = world_size // (tensor * pipe)
         return cls(
@@ -69,7 +68,7 @@ class Mesh:
 def _complete_environment(config: Config) -> None:
     """Fills in the variables that DeepSpeed reads where no launcher has set them."""
     if "RANK" not in os.environ:
-        os.environ.update(_started_by_a_scheduler(config) or _alone())
+        os.environ.update(_started_by_a_scheduler(config) or _alone(config))
     os.environ.setdefault("LOCAL_RANK", "0")
     if config.launch.master_addr is not None:
         os.environ.setdefault("MASTER_ADDR", config.launch.master_addr)
@@ -98,14 +97,8 @@ def _started_by_a_scheduler(config: Config) -> dict[str, str] | None:
     return None
 
 
-def _alone() -> dict[str, str]:
-    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _alone(config: Config) -> dict[str, str]:
+    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(config.launch.master_port)}
 
 
 def _own_device(config: Config, local_rank: int) -> torch.device:
@@ -121,8 +114,8 @@ def _own_device(config: Config, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _start_communication(device: torch.device) -> None:
-    """Joins the other processes: gloo on CPUs, NCCL on GPUs."""
+def _start_communication(device: torch.device, *, is_alone: bool) -> None:
+    """Joins the other processes: gloo on CPUs, NCCL on GPUs. A process alone needs no port."""
     import deepspeed  # the accelerator is chosen at its import, from DS_ACCELERATOR
     import deepspeed.ops
 
@@ -130,4 +123,7 @@ def _start_communication(device: torch.device) -> None:
         # DeepSpeed would compile its shared-memory all-reduce here: a minute, a compiler, and a lock file that a killed process
         # leaves behind for all later ones. Only its inference engine calls that operator.
         deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
-    deepspeed.init_distributed("gloo" if device.type == "cpu" else "nccl", auto_mpi_discovery=False, verbose=False)
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    if is_alone and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)

@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from torch import nn
+from torch import Tensor
 
-from megatron.config.schema import CheckpointConfig, Config, ScheduleConfig
+from megatron.config.schema import CheckpointConfig, Config, ModelConfig, ScheduleConfig
+from megatron.model.gpt import GPTModel
 from megatron.optim.schedule import LearningRate
 from megatron.parallel.collectives import barrier, gather_objects
 from megatron.parallel.mesh import Mesh
@@ -32,7 +33,7 @@ from megatron.training.cadence import iterations_to_delete
 from megatron.training.progress import Progress
 from megatron.training.random_state import RandomState, random_state, set_random_state
 from megatron.training.validation import LOGITS, validation_logits
-from megatron.training.weights import OVERRIDES, read_weights
+from megatron.training.weights import OVERRIDES, load_into, read_weights
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -258,19 +259,16 @@ def save_checkpoint(
     return folder
 
 
-def load_weights(model: nn.Module, found: Found) -> None:
+def load_weights(model: GPTModel, found: Found) -> None:
     """The checkpoint's weights, of any layout, into a model that no engine has taken over yet."""
+    load_into(model, weights_of(found, model.config), source=found.folder)
+
+
+def weights_of(found: Found, model: ModelConfig) -> dict[str, Tensor]:
+    """The weights of a finished checkpoint by name. What ZeRO 3 scattered is gathered by DeepSpeed, which unpickles freely, as it does
+    whenever it resumes a run."""
     is_scattered = found.manifest is not None and found.manifest.zero_stage == 3
-    state = read_weights(found.folder, trust=is_scattered).state  # DeepSpeed gathers what stage 3 scattered, and unpickles freely
-    expected = model.state_dict()
-    mistakes = [f"it lacks {name}" for name in expected if name not in state]
-    mistakes += [f"{name} is not in this model" for name in state if name not in expected]
-    shared = [name for name in expected if name in state and state[name].shape != expected[name].shape]
-    mistakes += [f"{name} is {list(state[name].shape)} there and {list(expected[name].shape)} here" for name in shared]
-    if mistakes:
-        more = f", and {len(mistakes) - 5} more" if len(mistakes) > 5 else ""
-        raise ValueError(f"The weights of {found.folder} do not fit this model: {'; '.join(mistakes[:5])}{more}.")
-    model.load_state_dict(state)
+    return read_weights(found.folder, model=model, trust=is_scattered).state
 
 
 def load_training_state(engine: DeepSpeedEngine, found: Found) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
+from megatron.config.checks import check_startable
 from megatron.config.schema import Config
 from megatron.data.gpt_dataset import SampleDataset
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
@@ -46,16 +47,28 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+class CannotStart(ValueError):
+    """What the user gave does not make a run; the text says what, and the remedy."""
+
+
 def train(config: Config) -> Progress:
-    """Trains as configured, from the checkpoint to load or from nothing, and returns how far it came."""
+    """Trains as configured, from the checkpoint to load or from nothing, and returns how far it came.
+
+    `CannotStart` where the input is wrong, before the first step.
+    """
     mesh = Mesh.start(config)
     with copied_output(config.logging.log_dir, local_rank=mesh.local_rank):
-        return prepare(config, mesh).to_the_end()
+        try:
+            run = prepare(config, mesh)
+        except ValueError as mistake:
+            raise CannotStart(str(mistake)) from mistake
+        return run.to_the_end()
 
 
 def prepare(config: Config, mesh: Mesh) -> Run:
     """Everything a run needs, the cheap checks first. All processes call this together."""
-    _check_parallelism(mesh)
+    if reasons := check_startable(config, has_fp16=True):
+        raise ValueError("\n".join(reasons))
     _decided_by_first(lambda: check_save_path(config.checkpoint.save), mesh)
     found = _decided_by_first(lambda: find_checkpoint(config.checkpoint), mesh)
     resumed = resumption(found, config, data_parallel_size=mesh.data_parallel_size)
@@ -91,15 +104,6 @@ def check_vocabulary(tokenizer: Tokenizer, config: Config) -> None:
         raise ValueError(
             f"The tokenizer has {tokenizer.vocab_size} entries but the configuration was resolved with vocab_size {config.model.vocab_size}: "
             "vocab_file has changed since, start again through deepy.py."
-        )
-
-
-def _check_parallelism(mesh: Mesh) -> None:
-    """Replicas only, until the sharded layers and the pipeline are there."""
-    if mesh.tensor_parallel_size > 1 or mesh.pipe_parallel_size > 1:
-        raise ValueError(
-            f"model_parallel_size {mesh.tensor_parallel_size} with pipe_parallel_size {mesh.pipe_parallel_size} cannot be trained yet: set both "
-            "to 1 and let ZeRO share the memory (zero_optimization stage 1 or 2)."
         )
 
 

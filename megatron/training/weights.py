@@ -20,7 +20,7 @@ from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron.config.schema import ModelConfig
 
@@ -52,6 +52,30 @@ def read_weights(directory: str | Path, *, model: ModelConfig | None = None, tru
         for name in _common_names(shards, step):
             state[name] = merged(name, [shard[name] for shard in shards], model)
     return Weights(state=state, config_files=saved_config_files(step))
+
+
+def load_into(
+    model: nn.Module, state: Mapping[str, Tensor], *, source: Path, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> None:
+    """Give ``model`` these weights: copied into its own, or, with ``dtype`` and ``device``, as they are put there (for a model on meta).
+
+    ValueError, naming both values, where the weights of ``source`` are not this model's.
+    """
+    wanted = dict(model.named_parameters())
+    # GPT-NeoX's checkpoints of tied blocks carry a second norm that nothing reads.
+    state = {name: value for name, value in state.items() if name in wanted or ".post_attention_layernorm." not in name}
+    missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    mistakes = [f"it lacks {_some(missing)}"] * bool(missing) + [f"it also has {_some(unknown)}"] * bool(unknown)
+    differing = [name for name in wanted if name in state and state[name].shape != wanted[name].shape]
+    mistakes += [f"{name} is {tuple(state[name].shape)} there and {tuple(wanted[name].shape)} in the configuration" for name in differing[:3]]
+    if mistakes:
+        raise ValueError(f"The checkpoint {source} is of another shape: {'; '.join(mistakes)}. Use the configuration it was trained with.")
+    is_moved = dtype is not None or device is not None
+    model.load_state_dict({name: value.to(device=device, dtype=dtype) for name, value in state.items()}, assign=is_moved)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def step_directory(directory: str | Path) -> Path:

@@ -87,9 +87,7 @@ def test_global_and_flash_layers_are_the_same(config: object, resolve: Resolve) 
         ({"model_parallel_size": 2}, "model_parallel_size above 1"),
         ({"model_parallel_size": 2, "sequence_parallel": True}, "sequence_parallel"),
         ({"context_parallel_size": 2}, "context_parallel_size above 1"),
-        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage 3"),
         ({"text_gen_type": "precompute"}, "text_gen_type precompute"),
-        ({"checkpoint_validation_with_forward_pass": True}, "checkpoint_validation_with_forward_pass"),
     ],
 )
 def test_what_is_still_to_come_resolves_and_its_start_names_it(keys: dict[str, object], words: str, resolve: Resolve) -> None:

@@ -45,15 +45,6 @@ def test_serial_residual_feeds_attention_to_the_mlp(gpt_j_tied: bool, make_confi
     torch.testing.assert_close(block(x, SHARED), y + block.mlp(block.post_attention_layernorm(y)))
 
 
-def test_tied_block_loads_a_checkpoint_with_gpt_neox_s_unused_second_norm(make_config: MakeConfig) -> None:
-    untied, tied = random_block(make_config()), Block(make_config(gpt_j_tied=True), layer=0)
-    tied.load_state_dict(untied.state_dict())
-    assert torch.equal(tied.input_layernorm.weight, untied.input_layernorm.weight)
-    serial = untied.state_dict() | {"mystery.weight": torch.zeros(1)}
-    with pytest.raises(RuntimeError, match=r"mystery\.weight"):
-        tied.load_state_dict(serial)
-
-
 @pytest.mark.parametrize("parallel", [True, False])
 def test_dropout_falls_on_each_branch_after_its_bias(parallel: bool, make_config: MakeConfig) -> None:
     block, x = random_block(make_config(gpt_j_residual=parallel, hidden_dropout=0.5)), torch.zeros(2, 6, 48)

@@ -11,7 +11,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from torch import Tensor
 
 from megatron.config.schema import ModelConfig
-from megatron.training.weights import read_weights
+from megatron.training.weights import load_into, read_weights
 
 LAYERS, WIDTH, ROWS = 2, 8, 12
 
@@ -160,3 +160,23 @@ def test_pickles_that_could_run_code_are_refused_unless_trusted(tmp_path: Path, 
         read_weights(tmp_path)
     assert capsys.readouterr().out == ""
     assert_same(read_weights(tmp_path, trust=True).state, whole_state())
+
+
+def test_weights_of_another_model_are_refused_with_both_shapes() -> None:
+    model = torch.nn.Linear(2, 3)
+    with pytest.raises(ValueError, match=r"a/b is of another shape: it lacks bias; it also has scale; weight is \(4, 2\) there and \(3, 2\)"):
+        load_into(model, {"weight": torch.zeros(4, 2), "scale": torch.zeros(1)}, source=Path("a/b"))
+
+
+def test_the_second_norm_of_gpt_neox_s_tied_blocks_is_left_out() -> None:
+    model = torch.nn.Linear(2, 2, bias=False)
+    state = {"weight": torch.ones(2, 2), "sequential.2.post_attention_layernorm.weight": torch.ones(2)}
+    load_into(model, state, source=Path("a"))
+    assert torch.equal(model.weight, torch.ones(2, 2))
+
+
+def test_weights_are_put_into_a_meta_model_in_another_dtype() -> None:
+    with torch.device("meta"):
+        model = torch.nn.Linear(2, 2, bias=False)
+    load_into(model, {"weight": torch.ones(2, 2)}, source=Path("a"), dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert torch.equal(model.weight, torch.ones(2, 2, dtype=torch.bfloat16))
