@@ -26,7 +26,7 @@ demo: setup
 	$(BIN)/python -m tools.demo
 
 test: setup
-	$(BIN)/python -m pytest -n auto --dist loadscope -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope -m "not slow and not gpu"
 
 lint: setup
 	$(BIN)/ruff check .

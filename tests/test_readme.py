@@ -1,0 +1,44 @@
+"""What the documents show as runnable runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def commands(document: str) -> list[str]:
+    """Indented lines that start a command of this project and only look."""
+    lines = re.findall(r"^ {4}(python .*)$", (ROOT / document).read_text(), flags=re.MULTILINE)
+    return [line.split("  #")[0].strip() for line in lines if "--check" in line]
+
+
+@pytest.mark.parametrize("command", [*commands("README.md"), *commands("configs/README.md")])
+def test_checks_in_the_documents_run(command: str, tmp_path: Path) -> None:
+    (tmp_path / "your.yml").write_text((ROOT / "configs" / "local" / "tiny.yml").read_text())
+    words = shlex.split(command.replace("your.yml", str(tmp_path / "your.yml")))[1:]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "parameters" in done.stdout
+
+
+def test_the_python_of_the_readme_computes_attention() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    q, k, v = torch.randn(3, 2, 200, 4, 64).unbind()
+    names: dict[str, object] = {"ids": torch.randint(20, (2, 200)), "q": q, "k": k, "v": v}
+    exec(code, names)
+    out = names["out"]
+    assert isinstance(out, torch.Tensor)
+    assert out.shape == q.shape
+
+
+def test_every_path_in_the_readme_exists() -> None:
+    for path in re.findall(r"\]\(([^)#:]+)\)", (ROOT / "README.md").read_text()):
+        assert (ROOT / path).exists(), path

@@ -1,0 +1,1 @@
+"""`make demo`: the whole way once, on text that comes with the requirements."""
