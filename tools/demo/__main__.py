@@ -29,6 +29,8 @@ CONFIG = Path("configs/local/demo.yml")
 OUT = Path("runs/demo")
 EXTRA_STEPS = 8
 """Steps that the first half takes beyond its checkpoint, to be compared with the resumed run's."""
+GPU_TOLERANCE = 1e-3
+"""There, sums over the tokens of an embedding depend on the order of atomic additions; on a CPU a resumed run is equal to the bit."""
 TASKS = ("demo_perplexity", "demo_next_sentence")
 PROMPT = "And it came to pass, when the king "
 
@@ -82,10 +84,10 @@ def train(method: Method, settings: dict[str, int]) -> None:
     uninterrupted = losses(method.save / "metrics.jsonl.previous")
     resumed = losses(method.save / "metrics.jsonl")
     both = [step for step in sorted(uninterrupted) if step > half]
-    different = [step for step in both if uninterrupted[step] != resumed[step]]
-    if len(both) != EXTRA_STEPS or different:
-        raise SystemExit(f"The resumed run differs from the uninterrupted one at steps {different or both}: see {method.save}/metrics.jsonl*.")
-    print(f"Steps {both[0]} to {both[-1]} after the resume repeat the uninterrupted run's losses exactly.")
+    difference = max(abs(uninterrupted[step] - resumed[step]) for step in both)
+    if len(both) != EXTRA_STEPS or difference > (GPU_TOLERANCE if count_gpus() else 0):
+        raise SystemExit(f"The resumed run differs from the uninterrupted one by up to {difference}: see {method.save}/metrics.jsonl*.")
+    print(f"Steps {both[0]} to {both[-1]} after the resume repeat the uninterrupted run's losses; largest difference: {difference:g}.")
 
 
 def devices(batch_size: int) -> list[str]:
