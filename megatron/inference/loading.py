@@ -9,7 +9,8 @@ import torch
 
 from megatron.config.schema import Config
 from megatron.model.gpt import DTYPES, GPTModel, build_model
-from megatron.training.checkpoint import Found, find_checkpoint, finished_iterations, weights_of
+from megatron.training.checkpoint import weights_of
+from megatron.training.manifest import Found, find_checkpoint, finished_iterations
 from megatron.training.weights import load_into
 
 

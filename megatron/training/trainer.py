@@ -17,25 +17,17 @@ from megatron.parallel.collectives import broadcast_object, is_true_anywhere
 from megatron.parallel.mesh import Mesh
 from megatron.training.batches import RunData, Timed
 from megatron.training.cadence import is_save_due
-from megatron.training.checkpoint import (
-    Found,
-    Resumption,
-    check_save_path,
-    find_checkpoint,
-    load_training_state,
-    load_weights,
-    restore_random_state,
-    resumption,
-    save_checkpoint,
-)
+from megatron.training.checkpoint import check_save_path, load_training_state, load_weights, restore_random_state, save_checkpoint
 from megatron.training.divergence import check_numbers, check_skips
 from megatron.training.engine import build_engine
 from megatron.training.evaluate import evaluate
 from megatron.training.logging import Console, copied_output
+from megatron.training.manifest import Found, find_checkpoint
 from megatron.training.metrics import MetricLogger
 from megatron.training.progress import Progress
 from megatron.training.random_state import seed_replica
 from megatron.training.report import Reporter
+from megatron.training.resumption import Resumption, resumption
 from megatron.training.statistics import parameter_statistics, timer_metrics
 from megatron.training.step import StepReport, train_step
 from megatron.training.stop import StopRequest

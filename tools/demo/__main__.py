@@ -135,8 +135,9 @@ def run(title: str, *command: object, environment: dict[str, str] | None = None,
     """Run one of this project's commands; leave if it fails. ``quiet`` shows what it writes to stderr only then."""
     words = [str(word) for word in command]
     print(f"\n=== {title}\n$ python {shlex.join(words)}", flush=True)
+    added = ({} if count_gpus() else {"DS_ACCELERATOR": "cpu"}) | (environment or {})
     errors = subprocess.PIPE if quiet else None
-    done = subprocess.run([sys.executable, *words], env=os.environ | (environment or {}), stderr=errors, text=True, cwd=ROOT, check=False)
+    done = subprocess.run([sys.executable, *words], env=os.environ | added, stderr=errors, text=True, cwd=ROOT, check=False)
     if done.returncode:
         raise SystemExit(f"{done.stderr or ''}\n{title} failed with status {done.returncode}.")
 

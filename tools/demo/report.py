@@ -50,7 +50,7 @@ class Run:
             train_loss={row["iteration"]: row["train/lm_loss"] for row in steps},
             valid_loss={row["iteration"]: row["validation/lm_loss"] for row in rows if "validation/lm_loss" in row},
             test_loss=next(row["test/lm_loss"] for row in reversed(rows) if "test/lm_loss" in row),
-            kept_share=steps[-1]["runtime/kept_ratio"],
+            kept_share=float(np.mean([row["runtime/kept_ratio"] for row in steps])),
             tokens_per_s=median(row["runtime/tokens_per_sec"] for row in steps),
             scores=readable_scores(results),
             passage=passage,

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from megatron.config.schema import CheckpointConfig, Config
-from megatron.training.checkpoint import check_save_path, find_checkpoint, finished_iterations, resumption
+from megatron.training.checkpoint import check_save_path
+from megatron.training.manifest import find_checkpoint, finished_iterations
+from megatron.training.resumption import resumption
 from megatron.training.trainer import train
 from tests.megatron.training.running import MakeConfig, tiny_config
 
