@@ -2,6 +2,7 @@
 # make demo    train, resume, evaluate, convert, score and sample a small SepLLM beside full attention
 # make test    set-up and the test suite
 # make lint    ruff and mypy
+# make test-gpu   what needs a CUDA device
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/setup-done
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-gpu lint clean
 
 setup: $(SETUP)
 
@@ -27,6 +28,9 @@ demo: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope -m "not slow and not gpu"
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu
 
 lint: setup
 	$(BIN)/ruff check .
