@@ -151,13 +151,12 @@ def find_script(name: str) -> Path:
 
 
 def _free_port(wanted: int) -> int:
-    """``wanted``, unless it is the default and taken: then any free port, since nobody else needs to know it. Taken by choice: ValueError."""
+    """A port that nobody listens on. The default stands for any: between looking and listening lie seconds, in which a second job on this
+    machine would find the same one free. A chosen one that is taken: ValueError."""
     try:
-        return _bind(wanted)
+        return _bind(wanted if wanted != DEFAULT_PORT else 0)
     except OSError:
-        if wanted != DEFAULT_PORT:
-            raise ValueError(f"master_port {wanted} is in use on this machine: leave it out, or choose another.") from None
-        return _bind(0)
+        raise ValueError(f"master_port {wanted} is in use on this machine: leave it out, or choose another.") from None
 
 
 def _bind(port: int) -> int:

@@ -124,7 +124,7 @@ def _start_communication(device: torch.device, *, is_alone: bool) -> None:
         # DeepSpeed would compile its shared-memory all-reduce here: a minute, a compiler, and a lock file that a killed process
         # leaves behind for all later ones. Only its inference engine calls that operator.
         deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)  # DeepSpeed 0.19 calls it by its old name
+    warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor", category=FutureWarning)  # DeepSpeed 0.19 calls old names
     backend = "gloo" if device.type == "cpu" else "nccl"
     if is_alone and not torch.distributed.is_initialized():
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]

@@ -29,7 +29,7 @@ RUNNER = (sys.executable, "-u", "-m", "deepspeed.launcher.runner")
 
 @pytest.fixture(autouse=True)
 def port_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "_bind", lambda port: port)
+    monkeypatch.setattr(runner, "_bind", lambda port: port or 54321)
 
 
 def two_hosts(tmp_path: Path) -> Resources:
@@ -43,7 +43,7 @@ def test_one_host_is_started_by_the_node_launcher(tiny: TinyConfig, tmp_path: Pa
     resources = Resources(hosts={"localhost": (0, 1)}, device="cpu")
     job = runner.make_job(config, resources, script=SCRIPT, folder=tmp_path, environ={})
     world = base64.urlsafe_b64encode(b'{"localhost": [0, 1]}').decode()
-    places = (f"--world_info={world}", "--master_addr=127.0.0.1", "--master_port=29500")
+    places = (f"--world_info={world}", "--master_addr=127.0.0.1", "--master_port=54321")
     assert job.command == (*NODE_LAUNCHER, *places, *QUIET, str(SCRIPT), "--config", f"{tmp_path}/config.json")
     assert job.files == {tmp_path / "config.json": config_to_json(config)}
     assert job.variables.keys() == {"DS_ACCELERATOR", "OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR", "PYTHONPATH", *KEEP_FREED_MEMORY}
@@ -109,14 +109,14 @@ def test_a_launcher_that_reaches_no_other_host_is_refused(tiny: TinyConfig, tmp_
         runner.make_job(tiny(world_size=4, launcher="torchrun"), two_hosts(tmp_path), script=SCRIPT, folder=tmp_path, environ={})
 
 
-def test_the_default_port_gives_way_and_a_chosen_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_port_is_any_free_one_and_a_chosen_one_in_use_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def bind(port: int) -> int:
         if port != 0:
             raise OSError("in use")
         return 54321
 
     monkeypatch.setattr(runner, "_bind", bind)
-    assert runner._free_port(29500) == 54321
+    assert runner._free_port(runner.DEFAULT_PORT) == 54321
     with pytest.raises(ValueError, match="master_port 29512 is in use"):
         runner._free_port(29512)
 
