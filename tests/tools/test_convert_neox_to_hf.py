@@ -37,6 +37,7 @@ from megatron.config.schema import (
     TokenizerConfig,
     TrainingConfig,
 )
+from megatron.data.indexed import IndexedDatasetWriter, best_dtype
 from megatron.model.gpt import build_model
 from sepllm.hf import SepLLMGPTNeoXForCausalLM
 from sepllm.pattern import AttentionPattern
@@ -308,3 +309,16 @@ def test_the_script_runs_from_anywhere(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     for flag in ("--input_dir", "--config_file", "--output_dir", "--precision", "--no_save_tokenizer", "--vocab-is-hf-tokenizer", "--pad-token-id"):
         assert flag in ended.stdout
+
+
+def test_the_models_are_compared_on_the_runs_own_text_where_it_is_here(pipeline_checkpoint: Path, tmp_path: Path) -> None:
+    config = run_config(pipeline_checkpoint)
+    length = config.model.seq_length
+    with IndexedDatasetWriter(tmp_path / "text", best_dtype(VOCABULARY)) as writer:
+        for start in range(0, 4 * length, 10):
+            writer.add_document([token % VOCABULARY for token in range(start, start + 10)])
+    here = config.model_copy(update={"data": config.data.model_copy(update={"data_path": str(tmp_path / "text")})})
+    expected = [token % VOCABULARY for token in range(2 * length)]
+    assert convert_neox_to_hf._batch(here, VOCABULARY).flatten().tolist() == expected
+    assert convert_neox_to_hf._batch(config, VOCABULARY).flatten().tolist() != expected
+    assert convert_neox_to_hf._batch(here, 7).max() < 7, "text of another vocabulary is of no use"

@@ -6,6 +6,7 @@ usage: python tools/ckpts/convert_neox_to_hf.py --input_dir checkpoints/global_s
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedToken
 from megatron.config.keys import canonical
 from megatron.config.loader import load_config
 from megatron.config.schema import Config
+from megatron.data.indexed import IndexedDataset
+from megatron.launch.inputs import training_prefix
 from megatron.model.gpt import build_model
 from megatron.training.weights import read_weights, saved_config_files, saved_overrides
 from sepllm.hf.bundle import write_bundle
@@ -174,9 +177,21 @@ def largest_difference(state: dict[str, Tensor], config: Config, directory: Path
 
 
 def _batch(config: Config, rows: int) -> Tensor:
-    """Two rows of seeded ids, every tenth or so a separator, longer than most windows. ``[2, T]``"""
-    generator = torch.Generator().manual_seed(0)
+    """Two rows of the run's training text where that is here, else of seeded ids; longer than most windows. ``[2, T]``"""
     length = min(config.model.seq_length, 512)
+    prefix = training_prefix(config)
+    if prefix is not None:
+        documents = IndexedDataset(prefix)
+        stream = itertools.chain.from_iterable(documents[place].tolist() for place in range(len(documents)))
+        text = torch.tensor(list(itertools.islice(stream, 2 * length)))
+        if len(text) == 2 * length and int(text.max()) < rows:
+            return text.view(2, length)
+    return _seeded_ids(config, rows, length)
+
+
+def _seeded_ids(config: Config, rows: int, length: int) -> Tensor:
+    """Every tenth or so is a separator. ``[2, length]``"""
+    generator = torch.Generator().manual_seed(0)
     ids = torch.randint(rows, (2, length), generator=generator)
     separators = torch.tensor(sorted(config.attention.prefill.separator_ids) or [0])
     chosen = separators[torch.randint(len(separators), ids.shape, generator=generator)]
