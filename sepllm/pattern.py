@@ -99,8 +99,12 @@ class AttentionPattern:
         """The definition itself, for one pair of an unpadded text. Everything else in this project is a faster way to say it."""
         if key > query or (self.sliding_width is not None and query - key > self.sliding_width):
             return False
+        return self.is_far(key, key_id=key_id, layer=layer) or query - key < self.windows[layer]
+
+    def is_far(self, key: int, *, key_id: int, layer: int = 0) -> bool:
+        """Whether every later query may read this key of an unpadded text, `sliding_width` aside."""
         on_grid = self.intervals is not None and key >= self.initial_tokens and (key - self.initial_tokens + 1) % self.intervals[layer] == 0
-        return key < self.initial_tokens or key_id in self.separator_ids or on_grid or query - key < self.windows[layer]
+        return key < self.initial_tokens or key_id in self.separator_ids or on_grid
 
     def widened(self, extra: int) -> AttentionPattern:
         """The same pattern with every window ``extra`` keys longer."""

@@ -28,7 +28,7 @@ from megatron.config.schema import (
     TrainingConfig,
 )
 from megatron.config.settings import Settings, attempt, copied
-from megatron.config.vocabulary import vocabulary_size
+from megatron.config.vocabulary import padded_vocab_size, vocabulary_size
 
 Device = Literal["cuda", "cpu"]
 
@@ -134,8 +134,7 @@ def _padded_vocabulary(settings: Settings, vocab_size: int | None) -> int | None
     given = settings.get("padded_vocab_size", int)
     if given is not None or vocab_size is None:
         return given
-    multiple = settings.get_or("make_vocab_size_divisible_by", 128) * settings.get_or("model_parallel_size", 1)
-    return math.ceil(vocab_size / multiple) * multiple
+    return padded_vocab_size(vocab_size, settings.get_or("make_vocab_size_divisible_by", 128), settings.get_or("model_parallel_size", 1))
 
 
 def _batch(settings: Settings, *, world_size: int) -> BatchConfig:

@@ -1,4 +1,4 @@
-"""How many tokens a tokenizer file has, read without loading a model or the tokenizer classes of the data package."""
+"""Tokens of a tokenizer file, and rows of the embedding for them. Reads no model and none of the tokenizer classes of the data package."""
 
 from __future__ import annotations
 
@@ -40,3 +40,9 @@ def _size(content: dict[str, object]) -> int:
     vocabulary = model["vocab"]
     ids = set(vocabulary.values()) if isinstance(vocabulary, dict) else set(range(len(vocabulary)))
     return len(ids | {token["id"] for token in added})
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int, model_parallel_size: int) -> int:
+    """Rows of the embedding: the vocabulary, rounded up so that every tensor-parallel rank holds a multiple of ``divisible_by``."""
+    multiple = divisible_by * model_parallel_size
+    return -(-vocab_size // multiple) * multiple

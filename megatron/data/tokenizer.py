@@ -43,12 +43,6 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
     return build(config)
 
 
-def padded_vocab_size(vocab_size: int, divisible_by: int, model_parallel_size: int) -> int:
-    """Rows of the embedding: the vocabulary, rounded up so that every tensor-parallel rank holds a multiple of ``divisible_by``."""
-    multiple = divisible_by * model_parallel_size
-    return -(-vocab_size // multiple) * multiple
-
-
 def find_separator_ids(tokenizer: Tokenizer, texts: Iterable[str] = SEPARATORS) -> list[int]:
     """Ids of the tokens that stand for exactly one of ``texts``, in the order of ``texts``.
 

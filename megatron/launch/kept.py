@@ -31,7 +31,7 @@ def _kept_pairs(pattern: AttentionPattern, ids: Sequence[int], layer: int) -> in
     """Pairs (query, key) that a layer reads: the window of each query, and the far keys before it."""
     reach = pattern.sliding_width + 1 if pattern.sliding_width is not None else len(ids)
     window = min(pattern.windows[layer], reach)
-    is_far = [_is_far(pattern, ids, key, layer) for key in range(len(ids))]
+    is_far = [pattern.is_far(key, key_id=key_id, layer=layer) for key, key_id in enumerate(ids)]
     kept = far_before = 0
     for query in range(len(ids)):
         if query >= window:
@@ -40,11 +40,6 @@ def _kept_pairs(pattern: AttentionPattern, ids: Sequence[int], layer: int) -> in
             far_before -= is_far[query - reach]
         kept += min(query + 1, window) + far_before
     return kept
-
-
-def _is_far(pattern: AttentionPattern, ids: Sequence[int], key: int, layer: int) -> bool:
-    on_grid = pattern.intervals is not None and key >= pattern.initial_tokens and (key - pattern.initial_tokens + 1) % pattern.intervals[layer] == 0
-    return key < pattern.initial_tokens or ids[key] in pattern.separator_ids or on_grid
 
 
 def needs_data(pattern: AttentionPattern, length: int) -> bool:

@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from megatron.config.keys import GATED_ACTIVATIONS
 from megatron.config.schema import ModelConfig
 
 LEGACY_NAMES = {"mlp.dense_h_to_4h.": "mlp.linear1.", "mlp.dense_4h_to_h.": "mlp.linear2."}
 """Names until September 2024: Pythia's, and those of SepLLM's fork."""
 OVERRIDES = "overrides.json"
 """Beside the configuration files of a checkpoint: what the command line changed."""
-GATED = ("geglu", "reglu", "swiglu", "bilinear", "glu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +108,7 @@ def merged(name: str, shards: list[Tensor], model: ModelConfig | None) -> Tensor
     kind = re.sub(r"^sequential\.\d+\.", "", name)
     if kind.startswith("attention.query_key_value.") and model.num_kv_heads != model.num_attention_heads:
         return _joined_parts(shards, [model.num_attention_heads, model.num_kv_heads, model.num_kv_heads])
-    if kind.startswith("mlp.linear1.") and model.activation in GATED:
+    if kind.startswith("mlp.linear1.") and model.activation in GATED_ACTIVATIONS:
         return _joined_parts(shards, [1, 1])
     if kind.startswith(("word_embeddings.", "final_linear.", "attention.query_key_value.", "attention.qk_layernorm.", "mlp.linear1.")):
         return torch.cat(shards, 0)

@@ -23,13 +23,14 @@ from megatron.config.keys import canonical
 from megatron.config.loader import load_config
 from megatron.config.schema import Config
 from megatron.data.indexed import IndexedDataset
+from megatron.data.tokenizer import END_OF_TEXT
 from megatron.launch.inputs import training_prefix
 from megatron.model.gpt import build_model
 from megatron.training.weights import read_weights, saved_config_files, saved_overrides
 from sepllm.hf.bundle import write_bundle
 from sepllm.layout import TokenLayout
 from tools.ckpts.hf_config import ARCHITECTURES, SpecialTokens, hf_config
-from tools.ckpts.hf_tokenizer import END_OF_DOCUMENT, hf_tokenizer
+from tools.ckpts.hf_tokenizer import hf_tokenizer
 from tools.ckpts.mapping import neox_to_hf
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
@@ -146,7 +147,7 @@ def run_config(directory: Path, *, config_files: Sequence[Path] | None = None) -
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase | None, pad_token_id: int | None) -> SpecialTokens:
     """The tokenizer's; without one, 0 begins and ends a text, as in GPT-NeoX's tokenizer."""
-    end = 0 if tokenizer is None else tokenizer.convert_tokens_to_ids(END_OF_DOCUMENT)
+    end = 0 if tokenizer is None else tokenizer.convert_tokens_to_ids(END_OF_TEXT)
     bos, eos = (end, end) if tokenizer is None or tokenizer.eos_token_id is None else (tokenizer.bos_token_id, tokenizer.eos_token_id)
     return SpecialTokens(bos=bos, eos=eos, pad=pad_token_id)
 

@@ -7,12 +7,11 @@ from pathlib import Path
 from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from megatron.config.schema import TokenizerConfig
-
-END_OF_DOCUMENT = "<|endoftext|>"
+from megatron.data.tokenizer import END_OF_TEXT
 
 
 def hf_tokenizer(config: TokenizerConfig, *, vocab_is_hf_tokenizer: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of the training data; `END_OF_DOCUMENT` begins and ends a text.
+    """The tokenizer of the training data; `END_OF_TEXT` begins and ends a text.
 
     ``vocab_is_hf_tokenizer``: the vocabulary file is a folder (or a file in one) that a transformers tokenizer was saved to.
     """
@@ -21,11 +20,11 @@ def hf_tokenizer(config: TokenizerConfig, *, vocab_is_hf_tokenizer: bool = False
     path = Path(config.vocab_file)
     if vocab_is_hf_tokenizer:
         return AutoTokenizer.from_pretrained(path if path.is_dir() else path.parent)
-    ends = {"bos_token": END_OF_DOCUMENT, "eos_token": END_OF_DOCUMENT, "unk_token": END_OF_DOCUMENT}
+    ends = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
     if config.tokenizer_type == "HFTokenizer":
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
-        if END_OF_DOCUMENT not in tokenizer.get_vocab():
-            raise ValueError(f"{path} has no token {END_OF_DOCUMENT}: add it, or give --no_save_tokenizer.")
+        if END_OF_TEXT not in tokenizer.get_vocab():
+            raise ValueError(f"{path} has no token {END_OF_TEXT}: add it, or give --no_save_tokenizer.")
         return PreTrainedTokenizerFast(tokenizer_file=str(path), **ends)
     if config.tokenizer_type in ("GPT2BPETokenizer", "HFGPT2Tokenizer"):
         if config.merge_file is None or not Path(config.merge_file).exists():

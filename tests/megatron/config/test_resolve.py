@@ -73,7 +73,7 @@ def test_every_optimizer_of_the_table_can_be_built() -> None:
     for kind, extra in OPTIMIZERS.items():
         config = OptimizerConfig(type=kind, params=dict.fromkeys(extra, False))
         groups = [{"params": [torch.nn.Parameter(torch.ones(2))], "weight_decay": 0.0}]
-        build.build_optimizer(groups, config, torch.device("cpu"), lr=0.1)
+        assert isinstance(build.build_optimizer(groups, config, torch.device("cpu"), lr=0.1), torch.optim.Optimizer)
 
 
 def test_without_an_optimizer_block_it_is_gpt_neoxs_adam(resolve: Resolve) -> None:

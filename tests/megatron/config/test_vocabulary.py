@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron.config.schema import TokenizerConfig
-from megatron.config.vocabulary import vocabulary_size
+from megatron.config.vocabulary import padded_vocab_size, vocabulary_size
 
 Mistakes = Callable[..., tuple[str, ...]]
 
@@ -54,3 +54,8 @@ def test_a_file_that_is_no_tokenizer_is_a_mistake(tmp_path: Path, mistakes: Mist
         vocabulary_size(TokenizerConfig(vocab_file=str(path)))
     (mistake,) = mistakes({"vocab-file": str(path), "tokenizer-type": "HFTokenizer"})
     assert "is not a tokenizer file" in mistake
+
+
+@pytest.mark.parametrize(("vocab_size", "model_parallel_size", "rows"), [(50277, 1, 50304), (50277, 2, 50432), (50304, 1, 50304), (1, 1, 128)])
+def test_the_embedding_is_padded_for_every_rank(vocab_size: int, model_parallel_size: int, rows: int) -> None:
+    assert padded_vocab_size(vocab_size, 128, model_parallel_size) == rows

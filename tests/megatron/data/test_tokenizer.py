@@ -19,7 +19,6 @@ from megatron.data.tokenizer import (
     Tokenizer,
     build_tokenizer,
     find_separator_ids,
-    padded_vocab_size,
 )
 
 TEXT = "In the beginning, God created: heaven and earth.\n\tAnd what? Naïve “words”, e.g. this!"
@@ -158,8 +157,3 @@ def test_a_file_that_is_missing_or_no_tokenizer_is_named(kind: str, tmp_path: Pa
     path.write_text("no tokenizer")
     with pytest.raises(ValueError, match=f"{path} cannot be read as a tokenizer"):
         build_tokenizer(config)
-
-
-@pytest.mark.parametrize(("vocab_size", "model_parallel_size", "rows"), [(50277, 1, 50304), (50277, 2, 50432), (50304, 1, 50304), (1, 1, 128)])
-def test_the_embedding_is_padded_for_every_rank(vocab_size: int, model_parallel_size: int, rows: int) -> None:
-    assert padded_vocab_size(vocab_size, 128, model_parallel_size) == rows

@@ -10,18 +10,14 @@ import torch
 from megatron.config.schema import Config
 from megatron.parallel.collectives import barrier, broadcast_object, gather_objects, is_true_anywhere, mean_over_data_parallel
 from megatron.parallel.mesh import Mesh
-from tests.megatron.training.running import launcher_variables, tiny_config
+from tests.megatron.training.running import tiny_config, without_launcher
 
 
 @pytest.fixture(autouse=True)
 def bare_environment() -> Iterator[None]:
     """No launcher has set anything."""
-    before = dict(os.environ)
-    for name in launcher_variables():
-        del os.environ[name]
-    yield
-    os.environ.clear()
-    os.environ.update(before)
+    with without_launcher():
+        yield
 
 
 def config(**changes: object) -> Config:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron.data.indexed import IndexedDatasetWriter
-from tests.megatron.training.running import MakeConfig, launcher_variables, tiny_config
+from tests.megatron.training.running import MakeConfig, tiny_config, without_launcher
 
 
 @pytest.fixture(scope="session")
@@ -33,10 +32,5 @@ def make_config(token_prefix: str, tmp_path: Path) -> MakeConfig:
 
 @pytest.fixture(autouse=True)
 def one_process() -> Iterator[None]:
-    """This process is a whole run, whatever the shell around it says, and leaves the environment as it was."""
-    before = dict(os.environ)
-    for name in launcher_variables():
-        del os.environ[name]
-    yield
-    os.environ.clear()
-    os.environ.update(before)
+    with without_launcher():
+        yield

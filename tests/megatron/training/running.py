@@ -7,7 +7,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,19 @@ def launcher_variables() -> list[str]:
     """Names in the environment by which a launcher, or an earlier run in this process, says who this process is."""
     own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return [name for name in os.environ if name in own or name.startswith(("SLURM_", "OMPI_", "PMI_"))]
+
+
+@contextmanager
+def without_launcher() -> Iterator[None]:
+    """This process is a whole run, whatever the shell around it says; leaves the environment as it was."""
+    before = dict(os.environ)
+    for name in launcher_variables():
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def free_port() -> int:
