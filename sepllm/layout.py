@@ -46,8 +46,10 @@ class KeyRanges:
     """``[B, T]``"""
     num_keys: int
     """``S``"""
+    longest_band: int
+    """Upper bound on the keys of a query's band, known without looking at the tensors."""
     is_causal: bool = False
-    """Known without looking at the tensors: query ``t`` reads exactly the keys ``0 .. S - T + t``."""
+    """Likewise: query ``t`` reads exactly the keys ``0 .. S - T + t``."""
     derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     """What an attention core worked out from these ranges, under its own name; every layer that shares them finds it here."""
 
@@ -115,7 +117,16 @@ def key_ranges(
     band_lo = torch.minimum(band_lo, band_hi)
     far_hi = before.gather(1, band_lo)
     far_lo = torch.minimum(before.gather(1, torch.searchsorted(key_places, first.contiguous())), far_hi)
-    return KeyRanges(index=index, far_lo=far_lo, far_hi=far_hi, band_lo=band_lo.int(), band_hi=band_hi.int(), num_keys=num_keys, is_causal=is_causal)
+    return KeyRanges(
+        index=index,
+        far_lo=far_lo,
+        far_hi=far_hi,
+        band_lo=band_lo.int(),
+        band_hi=band_hi.int(),
+        num_keys=num_keys,
+        longest_band=min(window, num_keys),
+        is_causal=is_causal,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

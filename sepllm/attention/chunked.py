@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from sepllm.attention.registry import AttentionSpec, PositionBias
+from sepllm.attention.spec import AttentionSpec, Core, PositionBias
 from sepllm.layout import KeyRanges
 from sepllm.pattern import Softmax, Standard
 
@@ -34,14 +34,23 @@ def unsupported(spec: AttentionSpec) -> str | None:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges, *, scale: float, softmax: Softmax, bias: PositionBias | None, dropout: float
 ) -> Tensor:
-    if "chunks" not in ranges.derived:
-        ranges.derived["chunks"] = tuple(_chunks(ranges))
-        unread = ranges.unread_keys()
-        ranges.derived["unread"] = unread[..., None, None] if bool(unread.any()) else None
-    if ranges.derived["unread"] is not None:  # they may hold anything, NaN included
-        k, v = k.masked_fill(ranges.derived["unread"], 0), v.masked_fill(ranges.derived["unread"], 0)
+    unread = ranges.derived["chunked"].unread
+    if unread is not None:  # they may hold anything, NaN included
+        k, v = k.masked_fill(unread, 0), v.masked_fill(unread, 0)
     out: Tensor = _Chunked.apply(q, k, v, ranges, scale, bias)
     return out
+
+
+def prepare(ranges: KeyRanges) -> None:
+    unread = ranges.unread_keys()
+    ranges.derived["chunked"] = _Prepared(chunks=tuple(_chunks(ranges)), unread=unread[..., None, None] if bool(unread.any()) else None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prepared:
+    chunks: tuple[_Chunk, ...]
+    unread: Tensor | None
+    """``[B, S, 1, 1]`` bool: keys that no query reads. None where there are none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +105,7 @@ class _Chunked(torch.autograd.Function):
         ctx.ranges, ctx.scale, ctx.bias = ranges, scale, bias
         out = torch.empty_like(q)
         far_k, far_v = _gather(k, ranges.index), _gather(v, ranges.index)
-        for chunk in ranges.derived["chunks"]:
+        for chunk in ranges.derived["chunked"].chunks:
             keys, values = _joined(far_k, k, chunk), _joined(far_v, v, chunk)
             out[:, chunk.queries] = _one(q[:, chunk.queries], keys, values, chunk, ranges, scale, bias)
         return out
@@ -108,7 +117,7 @@ class _Chunked(torch.autograd.Function):
         far_k, far_v = _gather(k, ranges.index), _gather(v, ranges.index)
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         grad_far_k, grad_far_v = torch.zeros_like(far_k), torch.zeros_like(far_v)
-        for chunk in ranges.derived["chunks"]:
+        for chunk in ranges.derived["chunked"].chunks:
             with torch.enable_grad():
                 queries = q[:, chunk.queries].detach().requires_grad_()
                 keys = _joined(far_k, k, chunk).detach().requires_grad_()
@@ -150,3 +159,6 @@ def _bias(bias: PositionBias, chunk: _Chunk, ranges: KeyRanges) -> Tensor:
     positions = torch.cat([far, bias.key_positions[:, chunk.band]], 1)
     distance = bias.query_positions[:, chunk.queries, None] - positions[:, None]
     return -bias.slopes[:, None, None] * distance[:, None]
+
+
+CHUNKED = Core(name="chunked", unsupported=unsupported, attention=attention, prepare=prepare)

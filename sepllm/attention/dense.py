@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sepllm.attention.registry import AttentionSpec, PositionBias
+from sepllm.attention.spec import AttentionSpec, Core, PositionBias
 from sepllm.layout import KeyRanges
 from sepllm.pattern import Softmax, Standard
 
@@ -35,3 +35,6 @@ def attention(
     if dropout:
         weights = torch.nn.functional.dropout(weights, dropout)
     return torch.einsum("bnts,bsnh->btnh", weights.to(v.dtype), v)
+
+
+DENSE = Core(name="dense", unsupported=unsupported, attention=attention)

@@ -1,53 +1,25 @@
 """The door to attention, and the list of cores behind it.
 
-A core is a module with two functions: ``unsupported(spec) -> str | None`` says why it cannot compute a call (None: it can), and
-``attention(q, k, v, ranges, *, scale, softmax, bias, dropout) -> out`` computes it. Every core gives the answer of `dense`.
-To add one: a file in this folder, a line in ``_CORES``, its name in the parametrised tests.
+To add a core: a file in this folder that ends in a `Core`, its name in ``_CORES``. Every test of `tests/sepllm/attention` then runs it.
 """
 
 from __future__ import annotations
 
-import importlib
-from dataclasses import dataclass
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
+from sepllm.attention.chunked import CHUNKED
+from sepllm.attention.dense import DENSE
+from sepllm.attention.sdpa import SDPA
+from sepllm.attention.spec import AttentionSpec, Core, PositionBias
 from sepllm.layout import KeyRanges
 from sepllm.pattern import Softmax, Standard
 
-_CORES = ("sdpa", "chunked", "dense")
+_CORES = (SDPA, CHUNKED, DENSE)
 """In the order in which ``auto`` prefers them."""
 
 FEW_QUERIES = 32
 """Up to this many queries (decoding), ``auto`` takes the plain mask: there is too little work to divide."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PositionBias:
-    """ALiBi: ``-slope * (query position - key position)`` added to each score."""
-
-    slopes: Tensor
-    """``[N]`` float, of the heads at hand"""
-    query_positions: Tensor
-    """``[B, T]``"""
-    key_positions: Tensor
-    """``[B, S]``"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionSpec:
-    """What a core must know to say whether it can compute a call. Never looks at tensor contents."""
-
-    device_type: str
-    dtype: torch.dtype
-    num_queries: int
-    num_keys: int
-    is_causal: bool
-    softmax: Softmax
-    has_bias: bool
-    dropout: float
 
 
 def attend(
@@ -68,45 +40,53 @@ def attend(
     ``core`` forces one of `core_names`; ``auto`` takes the best that supports the call. A query that reads nothing gives zeros.
     """
     _check(q, k, v, ranges)
-    name = choose_core(spec_of(q, ranges, softmax=softmax, bias=bias, dropout=dropout), core)
-    return _module(name).attention(q, k, v, ranges, scale=scale, softmax=softmax, bias=bias, dropout=dropout)
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    chosen = _choose(spec_of(q, ranges, softmax=softmax, bias=bias, dropout=dropout, needs_grad=needs_grad), core)
+    if chosen.name not in ranges.derived:
+        chosen.prepare(ranges)
+    return chosen.attention(q, k, v, ranges, scale=scale, softmax=softmax, bias=bias, dropout=dropout)
 
 
-def spec_of(q: Tensor, ranges: KeyRanges, *, softmax: Softmax, bias: PositionBias | None, dropout: float) -> AttentionSpec:
+def spec_of(
+    q: Tensor, ranges: KeyRanges, *, softmax: Softmax = Standard(), bias: PositionBias | None = None, dropout: float = 0.0, needs_grad: bool = False
+) -> AttentionSpec:
     """The description of one call."""
     return AttentionSpec(
         device_type=q.device.type,
         dtype=q.dtype,
         num_queries=q.shape[1],
         num_keys=ranges.num_keys,
+        longest_band=ranges.longest_band,
         is_causal=ranges.is_causal,
         softmax=softmax,
         has_bias=bias is not None,
         dropout=dropout,
+        needs_grad=needs_grad,
     )
 
 
 def choose_core(spec: AttentionSpec, core: str = "auto") -> str:
     """The name of the core that computes such a call. ValueError, with every core's reason, where none does."""
-    if core != "auto" and core not in _CORES:
-        raise ValueError(f"core {core!r} is not known: use auto or one of {', '.join(_CORES)}.")
-    reasons = {}
-    preferred = ("sdpa", "dense") if spec.num_queries <= FEW_QUERIES else _CORES
-    for name in preferred if core == "auto" else (core,):
-        reason = _module(name).unsupported(spec)
-        if reason is None:
-            return name
-        reasons[name] = reason
-    raise ValueError("No attention core can compute this: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) + ".")
+    return _choose(spec, core).name
 
 
 def core_names() -> tuple[str, ...]:
     """The cores that exist, in the order in which ``auto`` prefers them."""
-    return _CORES
+    return tuple(core.name for core in _CORES)
 
 
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"sepllm.attention.{name}")
+def _choose(spec: AttentionSpec, name: str) -> Core:
+    reasons = {}
+    for core in _CORES:
+        if name not in ("auto", core.name) or (name == "auto" and core is CHUNKED and spec.num_queries <= FEW_QUERIES):
+            continue
+        reason = core.unsupported(spec)
+        if reason is None:
+            return core
+        reasons[core.name] = reason
+    if not reasons:
+        raise ValueError(f"core {name!r} is not known: use auto or one of {', '.join(core_names())}.")
+    raise ValueError("No attention core can compute this: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) + ".")
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from sepllm.attention.registry import AttentionSpec, PositionBias
+from sepllm.attention.spec import AttentionSpec, Core, PositionBias
 from sepllm.layout import KeyRanges
 from sepllm.pattern import Softmax, Standard
 
@@ -38,3 +38,6 @@ def attention(
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return out.transpose(1, 2)
+
+
+SDPA = Core(name="sdpa", unsupported=unsupported, attention=attention)

@@ -47,38 +47,36 @@ def write_bundle(folder: str | Path) -> list[Path]:
 
 def bundle_texts() -> dict[str, str]:
     """The generated modules: flat name to source text."""
-    cores = [name for name in core_names() if name in PORTABLE_CORES]
-    core_modules = [f"sepllm.attention.{name}" for name in cores]
-    sources = _sources([MODEL, *core_modules])
-    sources[REGISTRY] = _with_flat_cores(sources[REGISTRY], cores)
-    # transformers copies the files that it finds named in imports; the registry imports its cores by computed names.
-    sources[MODEL] += "\n" + "".join(f"from {module} import attention as _{_flat(module)}  # noqa: E402, F401\n" for module in core_modules)
+    sources = _sources(MODEL)
     return {_flat(module): _flattened(module, text) for module, text in sources.items()}
 
 
-def _sources(modules: list[str]) -> dict[str, str]:
-    """Source texts of these modules and of all of this package that they import."""
+def _sources(model: str) -> dict[str, str]:
+    """Source texts of the model's module and of all of this package that it needs."""
     sources: dict[str, str] = {}
-    wanted = list(modules)
+    wanted = [model]
     while wanted:
         module = wanted.pop()
         if module not in sources:
             spec = find_spec(module)
             assert spec is not None, module
             assert spec.origin is not None, module
-            sources[module] = Path(spec.origin).read_text(encoding="utf-8")
+            text = Path(spec.origin).read_text(encoding="utf-8")
+            sources[module] = _with_portable_cores(text) if module == REGISTRY else text
             imported = {node.module or "" for node in ast.walk(ast.parse(sources[module])) if isinstance(node, ast.ImportFrom)}
             wanted += [name for name in sorted(imported) if name.startswith("sepllm.")]
     return sources
 
 
-def _with_flat_cores(registry: str, cores: list[str]) -> str:
-    """The registry with the bundled cores only, found under their flat names."""
-    registry, found = re.subn(r"^_CORES = \(.*?\)$", f"_CORES = {tuple(cores)!r}", registry, flags=re.MULTILINE | re.DOTALL)
+def _with_portable_cores(registry: str) -> str:
+    """The registry without the cores that need more than torch."""
+    for name in core_names():
+        if name not in PORTABLE_CORES:
+            registry = registry.replace(f"from sepllm.attention.{name} import {name.upper()}\n", "")
+    portable = ", ".join(name.upper() for name in core_names() if name in PORTABLE_CORES)
+    registry, found = re.subn(r"^_CORES = \(.*?\)$", f"_CORES = ({portable})", registry, flags=re.MULTILINE | re.DOTALL)
     assert found == 1, "sepllm.attention.registry no longer lists its cores in _CORES"
-    dynamic = 'importlib.import_module(f"sepllm.attention.{name}")'
-    assert registry.count(dynamic) == 1, "sepllm.attention.registry no longer imports its cores by name"
-    return registry.replace(dynamic, 'importlib.import_module(f".sepllm_attention_{name}", __package__)')
+    return registry
 
 
 def _flattened(module: str, text: str) -> str:

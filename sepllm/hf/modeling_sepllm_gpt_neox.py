@@ -18,7 +18,8 @@ from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from sepllm.attention.registry import PositionBias, attend
+from sepllm.attention.registry import attend
+from sepllm.attention.spec import PositionBias
 from sepllm.hf.configuration_sepllm_gpt_neox import SepLLMGPTNeoXConfig, decode_pattern, prefill_pattern
 from sepllm.hf.layout_cache import layout_layer
 from sepllm.layout import TokenLayout

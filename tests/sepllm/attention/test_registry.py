@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sepllm.attention import attend, choose_core, core_names
-from sepllm.attention.registry import AttentionSpec, spec_of
+from sepllm.attention import AttentionSpec, attend, choose_core, core_names
+from sepllm.attention.registry import spec_of
 from sepllm.layout import TokenLayout
 from sepllm.pattern import AttentionPattern, Standard
 
