@@ -21,6 +21,7 @@ $(SETUP): requirements/train.txt requirements/dev.txt requirements/demo.txt requ
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/train.txt -r requirements/dev.txt -c requirements/constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/demo.txt
 	$(BIN)/python -m megatron.data.index_builder
+	$(BIN)/python -m sepllm.ops.extension
 	@touch $@
 
 demo: setup

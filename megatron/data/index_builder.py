@@ -6,26 +6,23 @@ One process compiles while the others wait on a lock that the system drops with 
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sepllm.ops.extension import COMPILERS, cache_dir, find_compiler, locked
+
 MODULE = "sepllm_dataset_index"
 SOURCE = Path(__file__).parents[2] / "csrc" / "dataset_index.cpp"
-COMPILERS = ("c++", "g++", "clang++")
 
 
 class _Functions(Protocol):
@@ -61,27 +58,17 @@ def load() -> _Functions:
     return _import(build(cache_dir()))
 
 
-def cache_dir() -> Path:
-    """The user's cache folder by the XDG convention, `~/.cache/sepllm` unless `XDG_CACHE_HOME` says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sepllm"
-
-
 def build(folder: Path, *, compilers: tuple[str, ...] = COMPILERS) -> Path:
     """Path of the compiled module in ``folder``, compiled first if it is not there."""
-    compiler = next((found for name in compilers if (found := shutil.which(name))), None)
     if not SOURCE.is_file():
         raise ValueError(f"{SOURCE} is missing, and sample indices are built from it: run from a whole checkout of the project.")
-    if compiler is None:
-        raise ValueError(
-            f"Building sample indices needs a C++ compiler and none of {', '.join(compilers)} is on PATH: "
-            "install one (apt-get install g++, or conda install gxx)."
-        )
+    compiler = find_compiler(compilers)
     target = folder / f"{MODULE}-{_fingerprint(compiler)}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if target.is_file():
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / f"{MODULE}.lock"):
+        with locked(folder / f"{MODULE}.lock"):
             if not target.is_file():
                 _compile(compiler, target)
     except OSError as error:
@@ -127,13 +114,6 @@ def _python_include() -> Path:
     if not (folder / "Python.h").is_file():
         raise ValueError(f"Building sample indices needs Python.h, which is not in {folder}: install the headers (apt-get install python3-dev).")
     return folder
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _import(path: Path) -> _Functions:

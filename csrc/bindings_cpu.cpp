@@ -1,0 +1,167 @@
+// The only file of the CPU operators that knows torch: checks arguments, allocates results, spreads tasks over torch's threads.
+// Schemas stand here; fakes, gradients and the reference in plain torch stand in sepllm/ops.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "sep_attention_cpu.h"
+
+namespace {
+using at::Tensor;
+using c10::optional;
+
+sepllm::Storage storage_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat: return sepllm::Storage::kFloat;
+    case at::kDouble: return sepllm::Storage::kDouble;
+    case at::kBFloat16: return sepllm::Storage::kBFloat16;
+    case at::kHalf: return sepllm::Storage::kHalf;
+    default: TORCH_CHECK_VALUE(false, "sep_attention computes float32, float64, bfloat16 and float16, but q is ", x.scalar_type(), ".");
+  }
+}
+
+// Neighbouring elements of a head; any strides otherwise.
+Tensor with_adjacent_heads(const Tensor& x) { return x.stride(3) == 1 || x.size(3) == 1 ? x : x.contiguous(); }
+
+sepllm::Strides strides_of(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2)}; }
+
+// The tensors as the kernels read them; keeps what had to be copied alive.
+struct Inputs {
+  Tensor q, k, v, index, far_lo, far_hi, band_lo, band_hi, slopes, query_positions, key_positions;
+
+  void fill(sepllm::AttentionArgs& args, double scale) const {
+    args.batch = q.size(0);
+    args.queries = q.size(1);
+    args.heads = q.size(2);
+    args.head_size = q.size(3);
+    args.keys = k.size(1);
+    args.kv_heads = k.size(2);
+    args.far_columns = index.size(1);
+    args.scale = scale;
+    args.q = q.const_data_ptr();
+    args.k = k.const_data_ptr();
+    args.v = v.const_data_ptr();
+    args.q_strides = strides_of(q);
+    args.k_strides = strides_of(k);
+    args.v_strides = strides_of(v);
+    args.index = index.const_data_ptr<int32_t>();
+    args.far_lo = far_lo.const_data_ptr<int32_t>();
+    args.far_hi = far_hi.const_data_ptr<int32_t>();
+    args.band_lo = band_lo.const_data_ptr<int32_t>();
+    args.band_hi = band_hi.const_data_ptr<int32_t>();
+    args.slopes = slopes.defined() ? slopes.const_data_ptr<double>() : nullptr;
+    args.query_positions = slopes.defined() ? query_positions.const_data_ptr<double>() : nullptr;
+    args.key_positions = slopes.defined() ? key_positions.const_data_ptr<double>() : nullptr;
+    // Rows and heads are work enough for that many threads; more of them share a row's queries.
+    const int64_t heads = std::max<int64_t>(1, args.batch * args.kv_heads);
+    args.segments = std::clamp<int64_t>((at::get_num_threads() + heads - 1) / heads, 1, std::max<int64_t>(1, args.queries / 256));
+  }
+};
+
+void check_range(const Tensor& x, int64_t lowest, int64_t highest, const char* name) {
+  const Tensor values = x.contiguous();
+  const int32_t* at = values.const_data_ptr<int32_t>();
+  bool is_inside = true;
+  for (int64_t i = 0; i < values.numel(); ++i) is_inside &= at[i] >= lowest && at[i] <= highest;
+  TORCH_CHECK_VALUE(is_inside, name, " has a value outside ", lowest, " .. ", highest, ".");
+}
+
+// The kernels walk over memory by these: inside the columns, and never smaller than the query's before.
+void check_bounds(const Tensor& lo, const Tensor& hi, int64_t columns, const char* name) {
+  for (const Tensor* bound : {&lo, &hi}) {
+    check_range(*bound, 0, columns, name);
+    const Tensor values = bound->contiguous();
+    const int32_t* at = values.const_data_ptr<int32_t>();
+    bool is_ascending = true;
+    for (int64_t row = 0; row < values.size(0); ++row, at += values.size(1))
+      for (int64_t i = 1; i < values.size(1); ++i) is_ascending &= at[i] >= at[i - 1];
+    TORCH_CHECK_VALUE(is_ascending, "The ", name, " bounds must not decrease with the query.");
+  }
+}
+
+Inputs checked(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& index, const Tensor& far_lo, const Tensor& far_hi,
+               const Tensor& band_lo, const Tensor& band_hi, const optional<Tensor>& slopes, const optional<Tensor>& query_positions,
+               const optional<Tensor>& key_positions) {
+  TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && v.sizes() == k.sizes() && q.size(0) == k.size(0) && q.size(3) == k.size(3), "q ", q.sizes(),
+                    ", k ", k.sizes(), ", v ", v.sizes(), ": they must be [B, T, N, H], [B, S, K, H], [B, S, K, H].");
+  TORCH_CHECK_VALUE(k.size(2) > 0 && q.size(2) % k.size(2) == 0, "q has ", q.size(2), " heads and k ", k.size(2),
+                    ": the first must be a multiple of the second.");
+  TORCH_CHECK_VALUE(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(), "q, k and v must have one dtype, but are ",
+                    q.scalar_type(), ", ", k.scalar_type(), " and ", v.scalar_type(), ".");
+  TORCH_CHECK_VALUE(index.dim() == 2 && index.size(0) == q.size(0) && index.scalar_type() == at::kInt, "index must be int32 [B, M].");
+  for (const Tensor* bound : {&far_lo, &far_hi, &band_lo, &band_hi})
+    TORCH_CHECK_VALUE(bound->sizes() == q.sizes().slice(0, 2) && bound->scalar_type() == at::kInt, "Bounds must be int32 [B, T] like q ", q.sizes(),
+                      ", but one is ", bound->scalar_type(), " ", bound->sizes(), ".");
+  check_bounds(far_lo, far_hi, index.size(1), "far");
+  check_bounds(band_lo, band_hi, k.size(1), "band");
+  check_range(index, 0, k.size(1) - 1, "index");
+  const bool has_bias = slopes.has_value();
+  TORCH_CHECK_VALUE(has_bias == query_positions.has_value() && has_bias == key_positions.has_value(),
+                    "A position bias needs slopes, query_positions and key_positions.");
+  if (has_bias)
+    TORCH_CHECK_VALUE(slopes->numel() == q.size(2) && query_positions->sizes() == q.sizes().slice(0, 2) && key_positions->sizes() == k.sizes().slice(0, 2),
+                      "slopes, query_positions and key_positions must be [N], [B, T] and [B, S].");
+  const auto vector = [](const Tensor& x) { return x.to(at::kDouble).contiguous(); };
+  return {with_adjacent_heads(q), with_adjacent_heads(k),  with_adjacent_heads(v), index.contiguous(),
+          far_lo.contiguous(),    far_hi.contiguous(),     band_lo.contiguous(),   band_hi.contiguous(),
+          has_bias ? vector(*slopes) : Tensor(), has_bias ? vector(*query_positions) : Tensor(), has_bias ? vector(*key_positions) : Tensor()};
+}
+
+std::tuple<Tensor, Tensor> sep_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& index, const Tensor& far_lo,
+                                         const Tensor& far_hi, const Tensor& band_lo, const Tensor& band_hi, const optional<Tensor>& slopes,
+                                         const optional<Tensor>& query_positions, const optional<Tensor>& key_positions, double scale) {
+  const Inputs inputs = checked(q, k, v, index, far_lo, far_hi, band_lo, band_hi, slopes, query_positions, key_positions);
+  const sepllm::Storage storage = storage_of(q);
+  Tensor out = at::empty(q.sizes(), q.options().memory_format(at::MemoryFormat::Contiguous));
+  Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
+  sepllm::ForwardArgs args{};
+  inputs.fill(args, scale);
+  args.out = out.mutable_data_ptr();
+  args.lse = lse.mutable_data_ptr();
+  at::parallel_for(0, sepllm::attention_tasks(args), 1, [&](int64_t first, int64_t last) { sepllm::attention_forward(storage, args, first, last); });
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> sep_attention_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
+                                                          const Tensor& out, const Tensor& lse, const Tensor& index, const Tensor& far_lo,
+                                                          const Tensor& far_hi, const Tensor& band_lo, const Tensor& band_hi,
+                                                          const optional<Tensor>& slopes, const optional<Tensor>& query_positions,
+                                                          const optional<Tensor>& key_positions, double scale) {
+  const Inputs inputs = checked(q, k, v, index, far_lo, far_hi, band_lo, band_hi, slopes, query_positions, key_positions);
+  const sepllm::Storage storage = storage_of(q);
+  TORCH_CHECK_VALUE(grad_out.sizes() == q.sizes() && grad_out.scalar_type() == q.scalar_type(), "grad_out must be like q.");
+  const Tensor grad = with_adjacent_heads(grad_out), saved = out.contiguous(), sums = lse.contiguous();
+  const auto like = [](const Tensor& x) { return at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::Contiguous)); };
+  Tensor dq = like(q), dk = like(k), dv = like(v);
+  sepllm::BackwardArgs args{};
+  inputs.fill(args, scale);
+  args.grad_out = grad.const_data_ptr();
+  args.grad_out_strides = strides_of(grad);
+  args.out = saved.const_data_ptr();
+  args.lse = sums.const_data_ptr();
+  args.dq = dq.mutable_data_ptr();
+  args.dk = dk.mutable_data_ptr();
+  args.dv = dv.mutable_data_ptr();
+  Tensor slab = at::empty({sepllm::backward_slab_bytes(storage, args)}, q.options().dtype(at::kByte));
+  args.slab = slab.mutable_data_ptr();
+  at::parallel_for(0, sepllm::attention_tasks(args), 1, [&](int64_t first, int64_t last) { sepllm::attention_backward(storage, args, first, last); });
+  at::parallel_for(0, args.batch * args.kv_heads, 1, [&](int64_t first, int64_t last) { sepllm::attention_backward_sum(storage, args, first, last); });
+  return {dq, dk, dv};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(sepllm, m) {
+  m.def(
+      "sep_attention(Tensor q, Tensor k, Tensor v, Tensor index, Tensor far_lo, Tensor far_hi, Tensor band_lo, Tensor band_hi, Tensor? slopes, "
+      "Tensor? query_positions, Tensor? key_positions, float scale) -> (Tensor, Tensor)");
+  m.def(
+      "sep_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor index, Tensor far_lo, Tensor far_hi, "
+      "Tensor band_lo, Tensor band_hi, Tensor? slopes, Tensor? query_positions, Tensor? key_positions, float scale) -> (Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(sepllm, CPU, m) {
+  m.impl("sep_attention", sep_attention);
+  m.impl("sep_attention_backward", sep_attention_backward);
+}

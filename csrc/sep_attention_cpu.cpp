@@ -1,0 +1,727 @@
+// Sep-Attention on a CPU, forward and backward, in the work of the kept pairs.
+//
+// A query reads the far columns far_lo <= c < far_hi (keys index[c]) and the keys band_lo <= j < band_hi under one softmax
+// (sepllm/layout.py). Bounds never decrease with the query, so 64 neighbouring queries read nearly the same columns. A block of 64
+// queries walks over tiles of 64 keys, first the far columns, then the band. Per tile, with queries across the lanes of a vector:
+//
+//   scores[key][query] = K Q^T            K straight from its rows, Q^T transposed once per block; in base 2, scale folded into Q
+//   p = 2^(scores - m), sums and maxima    lane by lane: no sums across a vector; bounds are compared only at the ragged edges
+//   out[query][h] += p^T V                 rescaled when a maximum rises (online softmax, arXiv 1805.02867)
+//
+// and in the backward, from the stored logarithm of the sums (arXiv 2307.08691),
+//
+//   dp = V dO^T;  ds = p (dp - delta);  dq += ds^T K;  dk += ds Q;  dv += p dO.
+//
+// All five products are `multiply` of simd.h, which broadcasts its left side, so that nothing but Q^T and dO^T is ever transposed. Within
+// a tile each product is cut to what its 8 rows need, in the band too. Far rows are gathered once per task, band rows copied per block
+// (that is where other dtypes become float).
+//
+// Work: (row, key head, segment of queries). Memory per task: O(M + n) rows; nothing of size S x S. The backward keeps fp32 gradients
+// of the keys of each segment in a slab and adds the segments in order: bitwise the same from run to run.
+#include "sep_attention_cpu.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "simd.h"
+
+namespace sepllm {
+namespace {
+
+constexpr int64_t kQueries = 64;  // queries of a block
+constexpr int64_t kKeys = 64;     // keys of a tile
+constexpr int64_t kRows = 8;      // keys, or queries, of one register tile
+constexpr double kLog2E = 1.4426950408889634;
+
+// --- storage ------------------------------------------------------------------------------------------------------------------------
+
+struct BFloat16 {
+  uint16_t bits;
+};
+#if defined(__FLT16_MANT_DIG__)
+using Half = _Float16;
+#endif
+
+SEPLLM_INLINE float widen(float x) { return x; }
+SEPLLM_INLINE double widen(double x) { return x; }
+SEPLLM_INLINE float widen(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof(wide));
+  return wide;
+}
+SEPLLM_INLINE void narrow(float x, float* to) { *to = x; }
+SEPLLM_INLINE void narrow(double x, double* to) { *to = x; }
+SEPLLM_INLINE void narrow(float x, BFloat16* to) {  // to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  to->bits = static_cast<uint16_t>(x != x ? 0x7fc0 : rounded);
+}
+#if defined(__FLT16_MANT_DIG__)
+SEPLLM_INLINE float widen(Half x) { return static_cast<float>(x); }
+SEPLLM_INLINE void narrow(float x, Half* to) { *to = static_cast<Half>(x); }
+#endif
+
+template <typename S>
+struct ComputedIn {
+  using Type = float;
+};
+template <>
+struct ComputedIn<double> {
+  using Type = double;
+};
+
+template <typename T>
+class Buffer {  // aligned to whole vectors; not initialised
+ public:
+  explicit Buffer(int64_t size) : data_(static_cast<T*>(::operator new(std::max<int64_t>(size, 1) * sizeof(T), std::align_val_t{64}))) {}
+  ~Buffer() { ::operator delete(data_, std::align_val_t{64}); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* data() { return data_; }
+
+ private:
+  T* data_;
+};
+
+template <typename T>
+int64_t padded(int64_t head_size) {  // rows of all buffers are whole vectors
+  constexpr int64_t kWidth = Simd<T>::kWidth;
+  return (head_size + kWidth - 1) / kWidth * kWidth;
+}
+
+template <typename T, typename S>
+SEPLLM_INLINE void copy_row(const S* from, int64_t head_size, int64_t row_size, T* to) {
+  for (int64_t h = 0; h < head_size; ++h) to[h] = widen(from[h]);
+  for (int64_t h = head_size; h < row_size; ++h) to[h] = 0;
+}
+
+// --- ranges -------------------------------------------------------------------------------------------------------------------------
+
+struct Interval {
+  int64_t lo = 0, hi = 0;
+  bool is_empty() const { return lo >= hi; }
+};
+
+Interval hull(const int32_t* lo, const int32_t* hi, int64_t count) {
+  Interval all;
+  for (int64_t i = 0; i < count; ++i)
+    if (lo[i] < hi[i]) {
+      if (all.is_empty()) all.lo = lo[i];
+      all.hi = hi[i];
+    }
+  return all;
+}
+
+// Copies the columns of a hull that some query reads. Those in between may hold anything, NaN included, and become zero.
+template <typename Copy, typename Clear>
+void copy_read_columns(Interval columns, const int32_t* lo, const int32_t* hi, int64_t queries, Copy copy, Clear clear) {
+  int64_t query = 0;
+  for (int64_t c = columns.lo; c < columns.hi; ++c) {
+    while (query < queries && (hi[query] <= c || lo[query] >= hi[query])) ++query;
+    if (query < queries && lo[query] <= c)
+      copy(c);
+    else
+      clear(c);
+  }
+}
+
+// One of the two ranges of a block of queries: its bounds, and the rows of K and V that they count.
+template <typename T>
+struct Side {
+  using Int = typename Simd<T>::Int;
+  static constexpr int64_t kWidth = Simd<T>::kWidth;
+  static constexpr int64_t kGroup = kWidth > kRows ? kWidth : kRows;  // queries that share a hull
+  static constexpr int64_t kGroups = kQueries / kGroup;
+  static constexpr int64_t kTiles = kQueries / kRows;
+
+  alignas(64) Int lo[kQueries], hi[kQueries];
+  Interval all, group[kGroups], interior[kGroups], tile[kTiles];  // interior: columns that every query of the group reads
+  const T *k, *v, *positions;                                      // of column first
+  T *dk, *dv;                                                       // likewise
+  int64_t first;
+
+  void set_bounds(const int32_t* from_lo, const int32_t* from_hi, int64_t count) {
+    for (int64_t i = 0; i < kQueries; ++i) {
+      lo[i] = i < count ? from_lo[i] : 0;
+      hi[i] = i < count ? from_hi[i] : 0;
+    }
+    all = hull(from_lo, from_hi, count);
+    for (int64_t g = 0; g < kGroups; ++g) {
+      const int64_t start = g * kGroup, size = std::max<int64_t>(0, std::min(kGroup, count - start));
+      group[g] = hull(from_lo + start, from_hi + start, size);
+      interior[g] = {};
+      if (size < kGroup) continue;
+      Interval shared{0, std::numeric_limits<int32_t>::max()};
+      for (int64_t i = start; i < start + kGroup; ++i) {
+        shared.lo = std::max<int64_t>(shared.lo, lo[i]);
+        shared.hi = std::min<int64_t>(shared.hi, hi[i]);
+      }
+      if (!shared.is_empty()) interior[g] = shared;
+    }
+    for (int64_t t = 0; t < kTiles; ++t) {
+      const int64_t start = t * kRows, size = std::max<int64_t>(0, std::min(kRows, count - start));
+      tile[t] = hull(from_lo + start, from_hi + start, size);
+    }
+  }
+
+  // Rows of the tile of keys that starts at `start` which a group's scores cover: whole register tiles.
+  Interval rows(int64_t g, int64_t start, int64_t end) const {
+    const int64_t lo = std::max(start, group[g].lo), hi = std::min(end, group[g].hi);
+    if (lo >= hi) return {};
+    return {start + (lo - start) / kRows * kRows, start + (hi - start + kRows - 1) / kRows * kRows};
+  }
+};
+
+// --- products of a tile -------------------------------------------------------------------------------------------------------------
+
+template <typename T, int NV>
+SEPLLM_INLINE void score_rows(Interval rows, const T* a, int64_t row_size, const T* b, T* c) {
+  constexpr bool kTall = NV == 1 && kHas32Registers;  // one vector wide: more rows hide the latency
+  int64_t r = rows.lo;
+  if constexpr (kTall)
+    for (; r + 2 * kRows <= rows.hi; r += 2 * kRows) multiply<T, 2 * kRows, NV, false>(row_size, a + r * row_size, row_size, 1, b, kQueries, c + r * kQueries, kQueries);
+  constexpr int kStep = kHas32Registers || NV == 1 ? kRows : kRows / 2;
+  for (; r < rows.hi; r += kStep) multiply<T, kStep, NV, false>(row_size, a + r * row_size, row_size, 1, b, kQueries, c + r * kQueries, kQueries);
+}
+
+// c[key][query] = rows of keys times the transposed queries, where the group of the query reads the key's register tile.
+template <typename T>
+SEPLLM_INLINE void score(const Side<T>& side, int64_t start, int64_t end, const T* keys, int64_t row_size, const T* transposed, T* c) {
+  constexpr int64_t kWidth = Simd<T>::kWidth;
+  const T* a = keys + (start - side.first) * row_size;
+  for (int64_t q = 0; q < kQueries; q += 2 * kWidth) {
+    Interval left = side.rows(q / Side<T>::kGroup, start, end), right = side.rows((q + kWidth) / Side<T>::kGroup, start, end);
+    left = {left.lo - start, left.hi - start};
+    right = {right.lo - start, right.hi - start};
+    const Interval both{left.is_empty() ? right.lo : std::min(left.lo, right.is_empty() ? left.lo : right.lo), std::max(left.hi, right.hi)};
+    const int64_t wanted = std::max<int64_t>(0, left.hi - left.lo) + std::max<int64_t>(0, right.hi - right.lo);
+    if (2 * (both.hi - both.lo) <= wanted + kRows) {
+      score_rows<T, 2>(both, a, row_size, transposed + q, c + q);
+    } else {
+      score_rows<T, 1>(left, a, row_size, transposed + q, c + q);
+      score_rows<T, 1>(right, a, row_size, transposed + q + kWidth, c + q + kWidth);
+    }
+  }
+}
+
+// c[8 rows][row_size] += a b over `depth`.
+template <typename T>
+SEPLLM_INLINE void accumulate(int64_t depth, const T* a, int64_t a_row, int64_t a_depth, const T* b, int64_t row_size, T* c) {
+  constexpr int64_t kWidth = Simd<T>::kWidth;
+  constexpr int kStep = kHas32Registers ? kRows : kRows / 2;
+  int64_t h = 0;
+  for (; h + 2 * kWidth <= row_size; h += 2 * kWidth)
+    for (int64_t m = 0; m < kRows; m += kStep)
+      multiply<T, kStep, 2, true>(depth, a + m * a_row, a_row, a_depth, b + h, row_size, c + m * row_size + h, row_size);
+  if (h < row_size) multiply<T, kRows, 1, true>(depth, a, a_row, a_depth, b + h, row_size, c + h, row_size);
+}
+
+// out[query][h] += weights[key][query]^T values[key][h], each 8 queries over the keys that they read.
+template <typename T>
+SEPLLM_INLINE void accumulate_queries(const Side<T>& side, int64_t start, int64_t end, const T* weights, const T* values, int64_t row_size, T* out) {
+  for (int64_t t = 0; t < Side<T>::kTiles; ++t) {
+    const int64_t lo = std::max(start, side.tile[t].lo), hi = std::min(end, side.tile[t].hi);
+    if (lo >= hi) continue;
+    accumulate<T>(hi - lo, weights + (lo - start) * kQueries + t * kRows, 1, kQueries, values + (lo - side.first) * row_size, row_size,
+                  out + t * kRows * row_size);
+  }
+}
+
+// dk[key][h] += ds[key][query] q[query][h] and dv[key][h] += p[key][query] dO[query][h], each 8 keys over the queries that read them.
+template <typename T>
+SEPLLM_INLINE void accumulate_keys(const Side<T>& side, int64_t start, int64_t end, const T* ds, const T* p, const T* q, const T* grad_out,
+                                   int64_t row_size) {
+  constexpr int64_t kGroup = Side<T>::kGroup;
+  int64_t first = 0, last = 0;  // queries that read one of the 8 keys; both only move on
+  for (int64_t key = start; key < end; key += kRows) {
+    while (first < kQueries && (side.hi[first] <= key || side.lo[first] >= side.hi[first])) ++first;
+    last = std::max(last, first);
+    for (int64_t next = last; next < kQueries; ++next)
+      if (side.lo[next] < side.hi[next]) {
+        if (side.lo[next] >= key + kRows) break;
+        last = next + 1;
+      }
+    const int64_t at = (key - start) * kQueries, to = (key - side.first) * row_size;
+    for (int64_t q0 = first; q0 < last;) {  // groups that do not read these keys hold no weights of theirs: step over them
+      int64_t q1 = q0;
+      while (q1 < last) {
+        const Interval rows = side.rows(q1 / kGroup, start, end);
+        if (key < rows.lo || key >= rows.hi) break;
+        q1 = std::min(last, (q1 / kGroup + 1) * kGroup);
+      }
+      if (q1 > q0) {
+        accumulate<T>(q1 - q0, ds + at + q0, kQueries, 1, q + q0 * row_size, row_size, side.dk + to);
+        accumulate<T>(q1 - q0, p + at + q0, kQueries, 1, grad_out + q0 * row_size, row_size, side.dv + to);
+      }
+      q0 = q1 > q0 ? q1 : (q0 / kGroup + 1) * kGroup;
+    }
+  }
+}
+
+// --- a block of queries -------------------------------------------------------------------------------------------------------------
+
+template <typename T>
+struct Block {
+  alignas(64) T scores[(kKeys + kRows) * kQueries], d_scores[(kKeys + kRows) * kQueries];
+  alignas(64) T largest[kQueries], sum[kQueries], lse[kQueries], delta[kQueries], positions[kQueries];
+  T slope;  // in base 2
+};
+
+// Calls visit(row, bounds are needed, columns of the row in the tile) for each row of a vector of queries.
+template <typename T, typename Masked, typename Plain>
+SEPLLM_INLINE void each_row(const Side<T>& side, int64_t group, int64_t start, int64_t end, Masked masked, Plain plain) {
+  const Interval rows = side.rows(group, start, end);
+  int64_t lo = std::max(rows.lo, std::min(rows.hi, side.interior[group].lo)), hi = std::max(lo, std::min(rows.hi, side.interior[group].hi));
+  if (side.interior[group].is_empty()) lo = hi = rows.hi;
+  for (int64_t key = rows.lo; key < lo; ++key) masked(key);
+  for (int64_t key = lo; key < hi; ++key) plain(key);
+  for (int64_t key = hi; key < rows.hi; ++key) masked(key);
+}
+
+template <typename T>
+SEPLLM_INLINE IntVec<T> reads(int64_t key, IntVec<T> lo, IntVec<T> hi) {
+  const IntVec<T> column = static_cast<typename Simd<T>::Int>(key) - IntVec<T>{};
+  return (column >= lo) & (column < hi);
+}
+
+// Scores of a tile become weights relative to the running maxima; `rescale` is told the 8 * n queries whose maximum rose.
+template <typename T, bool kBias, typename Rescale>
+SEPLLM_INLINE void soften(const Side<T>& side, int64_t start, int64_t end, Block<T>& block, Rescale rescale) {
+  constexpr int64_t kWidth = Simd<T>::kWidth;
+  const Vec<T> nothing = fill<T>(T(-1e30));
+  for (int64_t q = 0; q < kQueries; q += kWidth) {
+    const int64_t group = q / Side<T>::kGroup;
+    if (side.rows(group, start, end).is_empty()) continue;
+    const IntVec<T> lo = load_int<T>(side.lo + q), hi = load_int<T>(side.hi + q);
+    T* scores = block.scores + q - start * kQueries;
+    const Vec<T> position = load(block.positions + q), before = load(block.largest + q);
+    Vec<T> largest = before;
+    const auto biased = [&](int64_t key) {
+      Vec<T> x = load(scores + key * kQueries);
+      if constexpr (kBias) {
+        x += block.slope * (side.positions[key - side.first] - position);
+        store(scores + key * kQueries, x);
+      }
+      return x;
+    };
+    each_row(
+        side, group, start, end,
+        [&](int64_t key) {
+          Vec<T> x = biased(key);
+          x = reads<T>(key, lo, hi) ? x : nothing;
+          largest = largest < x ? x : largest;
+        },
+        [&](int64_t key) {
+          const Vec<T> x = biased(key);
+          largest = largest < x ? x : largest;
+        });
+    Vec<T> sum{};
+    each_row(
+        side, group, start, end,
+        [&](int64_t key) {
+          const Vec<T> p = exp2<T>(load(scores + key * kQueries) - largest);
+          const Vec<T> kept = reads<T>(key, lo, hi) ? p : Vec<T>{};
+          store(scores + key * kQueries, kept);
+          sum += kept;
+        },
+        [&](int64_t key) {
+          const Vec<T> p = exp2<T>(load(scores + key * kQueries) - largest);
+          store(scores + key * kQueries, p);
+          sum += p;
+        });
+    if (std::memcmp(&largest, &before, sizeof(before)) != 0) {
+      const Vec<T> factor = exp2<T>(before - largest);
+      store(block.sum + q, load(block.sum + q) * factor);
+      store(block.largest + q, largest);
+      rescale(q, factor);
+    }
+    store(block.sum + q, load(block.sum + q) + sum);
+  }
+}
+
+// The backward's weights from the stored sums: scores -> p, d_scores = dp -> ds.
+template <typename T, bool kBias>
+SEPLLM_INLINE void soften_again(const Side<T>& side, int64_t start, int64_t end, Block<T>& block) {
+  constexpr int64_t kWidth = Simd<T>::kWidth;
+  for (int64_t q = 0; q < kQueries; q += kWidth) {
+    const int64_t group = q / Side<T>::kGroup;
+    const IntVec<T> lo = load_int<T>(side.lo + q), hi = load_int<T>(side.hi + q);
+    T *scores = block.scores + q - start * kQueries, *d_scores = block.d_scores + q - start * kQueries;
+    const Vec<T> lse = load(block.lse + q), delta = load(block.delta + q), position = load(block.positions + q);
+    const auto weight = [&](int64_t key) {
+      Vec<T> x = load(scores + key * kQueries);
+      if constexpr (kBias) x += block.slope * (side.positions[key - side.first] - position);
+      return exp2<T>(x - lse);
+    };
+    each_row(
+        side, group, start, end,
+        [&](int64_t key) {
+          const Vec<T> p = reads<T>(key, lo, hi) ? weight(key) : Vec<T>{};
+          const Vec<T> ds = reads<T>(key, lo, hi) ? p * (load(d_scores + key * kQueries) - delta) : Vec<T>{};
+          store(scores + key * kQueries, p);
+          store(d_scores + key * kQueries, ds);
+        },
+        [&](int64_t key) {
+          const Vec<T> p = weight(key);
+          store(scores + key * kQueries, p);
+          store(d_scores + key * kQueries, p * (load(d_scores + key * kQueries) - delta));
+        });
+  }
+}
+
+// to[h][query] = from[query][h] * factor
+template <typename T>
+void transpose_rows(const T* from, int64_t row_size, T factor, T* to) {
+  constexpr int64_t kWidth = Simd<T>::kWidth;
+  for (int64_t q = 0; q < kQueries; q += kWidth)
+    for (int64_t h = 0; h < row_size; h += kWidth) {
+      Vec<T> square[kWidth];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kWidth; ++i) square[i] = load(from + (q + i) * row_size + h) * factor;
+      transpose<T>(square);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kWidth; ++i) store(to + (h + i) * kQueries + q, square[i]);
+    }
+}
+
+// --- tasks --------------------------------------------------------------------------------------------------------------------------
+
+struct Task {
+  int64_t row, kv_head;
+  int64_t first_query, last_query;
+  int64_t segment;
+};
+
+int64_t segment_size(const AttentionArgs& args) {
+  const int64_t blocks = (args.queries + kQueries - 1) / kQueries;
+  return (blocks + args.segments - 1) / args.segments * kQueries;
+}
+
+Task task_of(const AttentionArgs& args, int64_t number) {
+  Task task;
+  task.segment = args.segments - 1 - number % args.segments;  // the last queries read most: start with them
+  task.kv_head = number / args.segments % args.kv_heads;
+  task.row = number / args.segments / args.kv_heads;
+  task.first_query = std::min(args.queries, task.segment * segment_size(args));
+  task.last_query = std::min(args.queries, task.first_query + segment_size(args));
+  return task;
+}
+
+// What the forward and the backward of one task share: the gathered far rows, and the band rows of the block at hand.
+template <typename S, typename T>
+class Rows {
+ public:
+  Rows(const AttentionArgs& args, const Task& task)
+      : args_(args),
+        task_(task),
+        row_size_(padded<T>(args.head_size)),
+        far_hull_(bounds(args.far_lo, args.far_hi)),
+        longest_band_(longest_band()),
+        far_(2 * (far_hull_.hi - far_hull_.lo + kRows) * row_size_),
+        band_(2 * (longest_band_ + kRows) * row_size_),
+        positions_(far_hull_.hi - far_hull_.lo + kRows + longest_band_ + kRows) {
+    far.k = far_.data();
+    far.v = far.k + (far_hull_.hi - far_hull_.lo + kRows) * row_size_;
+    far.first = far_hull_.lo;
+    far.positions = positions_.data();
+    band.k = band_.data();
+    band.v = band.k + (longest_band_ + kRows) * row_size_;
+    band.positions = positions_.data() + (far_hull_.hi - far_hull_.lo + kRows);
+    const int32_t* index = args.index + task.row * args.far_columns;
+    const int64_t at = task.row * args.queries + task.first_query, count = task.last_query - task.first_query;
+    fill(far_hull_, args.far_lo + at, args.far_hi + at, count, far, [index](int64_t c) { return index[c]; });
+  }
+
+  void start_block(int64_t first_query, int64_t count) {
+    const int64_t at = task_.row * args_.queries + first_query;
+    far.set_bounds(args_.far_lo + at, args_.far_hi + at, count);
+    band.set_bounds(args_.band_lo + at, args_.band_hi + at, count);
+    band.first = band.all.lo;
+    fill(band.all, args_.band_lo + at, args_.band_hi + at, count, band, [](int64_t j) { return j; });
+  }
+
+  Interval far_hull() const { return far_hull_; }
+  Side<T> far, band;
+
+ private:
+  Interval bounds(const int32_t* lo, const int32_t* hi) const {
+    const int64_t at = task_.row * args_.queries + task_.first_query;
+    return hull(lo + at, hi + at, task_.last_query - task_.first_query);
+  }
+
+  int64_t longest_band() const {
+    int64_t longest = 0;
+    for (int64_t q = task_.first_query; q < task_.last_query; q += kQueries) {
+      const int64_t at = task_.row * args_.queries + q;
+      const Interval all = hull(args_.band_lo + at, args_.band_hi + at, std::min(kQueries, task_.last_query - q));
+      longest = std::max(longest, all.hi - all.lo);
+    }
+    return longest;
+  }
+
+  template <typename KeyOf>
+  void fill(Interval columns, const int32_t* lo, const int32_t* hi, int64_t queries, const Side<T>& side, KeyOf key_of) {
+    T *k = const_cast<T*>(side.k) - columns.lo * row_size_, *v = const_cast<T*>(side.v) - columns.lo * row_size_;
+    T* positions = const_cast<T*>(side.positions) - columns.lo;
+    const S* from_k = static_cast<const S*>(args_.k) + task_.row * args_.k_strides.batch + task_.kv_head * args_.k_strides.head;
+    const S* from_v = static_cast<const S*>(args_.v) + task_.row * args_.v_strides.batch + task_.kv_head * args_.v_strides.head;
+    const auto clear = [&](int64_t c) {
+      std::fill_n(k + c * row_size_, row_size_, T(0));
+      std::fill_n(v + c * row_size_, row_size_, T(0));
+      positions[c] = 0;
+    };
+    const auto copy = [&](int64_t c) {
+      const int64_t key = key_of(c);
+      copy_row(from_k + key * args_.k_strides.token, args_.head_size, row_size_, k + c * row_size_);
+      copy_row(from_v + key * args_.v_strides.token, args_.head_size, row_size_, v + c * row_size_);
+      positions[c] = args_.key_positions == nullptr ? T(0) : static_cast<T>(args_.key_positions[task_.row * args_.keys + key]);
+    };
+    copy_read_columns(columns, lo, hi, queries, copy, clear);
+    for (int64_t c = columns.hi; c < columns.hi + kRows; ++c) clear(c);
+  }
+
+  const AttentionArgs& args_;
+  const Task& task_;
+  int64_t row_size_;
+  Interval far_hull_;
+  int64_t longest_band_;
+  Buffer<T> far_, band_, positions_;
+};
+
+template <typename S, typename T>
+void copy_queries(const void* from, const Strides& strides, const Task& task, int64_t head, int64_t first, int64_t count, int64_t head_size,
+                  int64_t row_size, T* to) {
+  const S* rows = static_cast<const S*>(from) + task.row * strides.batch + head * strides.head;
+  for (int64_t q = 0; q < count; ++q) copy_row(rows + (first + q) * strides.token, head_size, row_size, to + q * row_size);
+  std::fill_n(to + count * row_size, (kQueries - count) * row_size, T(0));
+}
+
+template <typename T>
+void set_bias(const AttentionArgs& args, const Task& task, int64_t head, int64_t first, int64_t count, Block<T>& block) {
+  block.slope = args.slopes == nullptr ? T(0) : static_cast<T>(args.slopes[head] * kLog2E);
+  for (int64_t q = 0; q < kQueries; ++q)
+    block.positions[q] = args.slopes != nullptr && q < count ? static_cast<T>(args.query_positions[task.row * args.queries + first + q]) : T(0);
+}
+
+// kRowSize: the padded head size where it is known to the compiler, else 0.
+template <typename S, int64_t kRowSize, bool kBias>
+void forward_task(const ForwardArgs& args, const Task& task) {
+  using T = typename ComputedIn<S>::Type;
+  constexpr int64_t kWidth = Simd<T>::kWidth;
+  const int64_t row_size = kRowSize ? kRowSize : padded<T>(args.head_size), groups = args.heads / args.kv_heads;
+  Rows<S, T> rows(args, task);
+  Buffer<T> q(kQueries * row_size), transposed(kQueries * row_size), out(kQueries * row_size);
+  const auto block = std::make_unique<Block<T>>();
+  for (int64_t first = task.first_query; first < task.last_query; first += kQueries) {
+    const int64_t count = std::min(kQueries, task.last_query - first);
+    rows.start_block(first, count);
+    for (int64_t head = task.kv_head * groups; head < (task.kv_head + 1) * groups; ++head) {
+      copy_queries<S>(args.q, args.q_strides, task, head, first, count, args.head_size, row_size, q.data());
+      transpose_rows<T>(q.data(), row_size, static_cast<T>(args.scale * kLog2E), transposed.data());
+      set_bias(args, task, head, first, count, *block);
+      std::fill_n(block->largest, kQueries, T(-1e30));
+      std::fill_n(block->sum, kQueries, T(0));
+      std::fill_n(out.data(), kQueries * row_size, T(0));
+      for (const Side<T>* side : {&rows.far, &rows.band})
+        for (int64_t start = side->all.lo; start < side->all.hi; start += kKeys) {
+          const int64_t end = std::min(side->all.hi, start + kKeys);
+          score<T>(*side, start, end, side->k, row_size, transposed.data(), block->scores);
+          soften<T, kBias>(*side, start, end, *block, [&](int64_t query, Vec<T> factor) {
+            for (int64_t i = 0; i < kWidth; ++i)
+              for (int64_t h = 0; h < row_size; ++h) out.data()[(query + i) * row_size + h] *= factor[i];
+          });
+          accumulate_queries<T>(*side, start, end, block->scores, side->v, row_size, out.data());
+        }
+      for (int64_t i = 0; i < count; ++i) {
+        const T sum = block->sum[i], factor = sum > 0 || sum != sum ? 1 / sum : T(0);
+        S* to = static_cast<S*>(args.out) + ((task.row * args.queries + first + i) * args.heads + head) * args.head_size;
+        for (int64_t h = 0; h < args.head_size; ++h) narrow(out.data()[i * row_size + h] * factor, to + h);
+        static_cast<T*>(args.lse)[(task.row * args.heads + head) * args.queries + first + i] =
+            sum == 0 ? std::numeric_limits<T>::infinity() : block->largest[i] + std::log2(sum);
+      }
+    }
+  }
+}
+
+// Where the gradients of a segment's keys are kept: [band rows | far rows] of dk, then of dv.
+template <typename T>
+struct Slab {
+  Interval band, far;
+  T *dk, *dv;
+
+  Slab(const BackwardArgs& args, const Task& task) {
+    const int64_t at = task.row * args.queries + task.first_query, count = task.last_query - task.first_query;
+    band = hull(args.band_lo + at, args.band_hi + at, count);
+    far = hull(args.far_lo + at, args.far_hi + at, count);
+    const int64_t size = rows(args) * padded<T>(args.head_size);
+    const int64_t number = (task.row * args.kv_heads + task.kv_head) * args.segments + task.segment;
+    dk = static_cast<T*>(args.slab) + number * 2 * size;
+    dv = dk + size;
+  }
+
+  int64_t far_start(int64_t row_size) const { return (band.hi - band.lo + kRows) * row_size; }
+  int64_t used(int64_t row_size) const { return far_start(row_size) + (far.hi - far.lo + kRows) * row_size; }
+  static int64_t rows(const AttentionArgs& args) { return args.keys + args.far_columns + 2 * kRows; }
+};
+
+template <typename S, int64_t kRowSize, bool kBias>
+void backward_task(const BackwardArgs& args, const Task& task) {
+  using T = typename ComputedIn<S>::Type;
+  const int64_t row_size = kRowSize ? kRowSize : padded<T>(args.head_size), groups = args.heads / args.kv_heads;
+  Rows<S, T> rows(args, task);
+  Slab<T> slab(args, task);
+  std::fill_n(slab.dk, slab.used(row_size), T(0));
+  std::fill_n(slab.dv, slab.used(row_size), T(0));
+  rows.far.dk = slab.dk + slab.far_start(row_size);
+  rows.far.dv = slab.dv + slab.far_start(row_size);
+  Buffer<T> q(kQueries * row_size), grad_out(kQueries * row_size), dq(kQueries * row_size);
+  Buffer<T> q_transposed(kQueries * row_size), grad_transposed(kQueries * row_size);
+  const auto block = std::make_unique<Block<T>>();
+  for (int64_t first = task.first_query; first < task.last_query; first += kQueries) {
+    const int64_t count = std::min(kQueries, task.last_query - first);
+    rows.start_block(first, count);
+    rows.band.dk = slab.dk + (rows.band.first - slab.band.lo) * row_size;
+    rows.band.dv = slab.dv + (rows.band.first - slab.band.lo) * row_size;
+    for (int64_t head = task.kv_head * groups; head < (task.kv_head + 1) * groups; ++head) {
+      copy_queries<S>(args.q, args.q_strides, task, head, first, count, args.head_size, row_size, q.data());
+      copy_queries<S>(args.grad_out, args.grad_out_strides, task, head, first, count, args.head_size, row_size, grad_out.data());
+      transpose_rows<T>(q.data(), row_size, static_cast<T>(args.scale * kLog2E), q_transposed.data());
+      transpose_rows<T>(grad_out.data(), row_size, T(1), grad_transposed.data());
+      set_bias(args, task, head, first, count, *block);
+      for (int64_t i = 0; i < kQueries; ++i) block->lse[i] = block->delta[i] = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        block->lse[i] = static_cast<const T*>(args.lse)[(task.row * args.heads + head) * args.queries + first + i];
+        const S* out = static_cast<const S*>(args.out) + ((task.row * args.queries + first + i) * args.heads + head) * args.head_size;
+        T delta = 0;
+        for (int64_t h = 0; h < args.head_size; ++h) delta += grad_out.data()[i * row_size + h] * widen(out[h]);
+        block->delta[i] = delta;
+      }
+      std::fill_n(dq.data(), kQueries * row_size, T(0));
+      for (const Side<T>* side : {&rows.far, &rows.band})
+        for (int64_t start = side->all.lo; start < side->all.hi; start += kKeys) {
+          const int64_t end = std::min(side->all.hi, start + kKeys);
+          score<T>(*side, start, end, side->k, row_size, q_transposed.data(), block->scores);
+          score<T>(*side, start, end, side->v, row_size, grad_transposed.data(), block->d_scores);
+          soften_again<T, kBias>(*side, start, end, *block);
+          accumulate_queries<T>(*side, start, end, block->d_scores, side->k, row_size, dq.data());
+          accumulate_keys<T>(*side, start, end, block->d_scores, block->scores, q.data(), grad_out.data(), row_size);
+        }
+      for (int64_t i = 0; i < count; ++i) {
+        S* to = static_cast<S*>(args.dq) + ((task.row * args.queries + first + i) * args.heads + head) * args.head_size;
+        for (int64_t h = 0; h < args.head_size; ++h) narrow(dq.data()[i * row_size + h] * static_cast<T>(args.scale), to + h);
+      }
+    }
+  }
+}
+
+// Gradients of all keys of one head: for each, its part in every segment's band, then in every segment's far columns.
+template <typename S>
+void sum_task(const BackwardArgs& args, int64_t row, int64_t kv_head) {
+  using T = typename ComputedIn<S>::Type;
+  const int64_t row_size = padded<T>(args.head_size);
+  std::vector<Slab<T>> slabs;
+  for (int64_t segment = 0; segment < args.segments; ++segment)
+    slabs.emplace_back(args, task_of(args, (row * args.kv_heads + kv_head) * args.segments + args.segments - 1 - segment));
+  Buffer<T> sums(2 * row_size);
+  T *dk = sums.data(), *dv = dk + row_size;
+  const int32_t* index = args.index + row * args.far_columns;
+  const Interval far = hull(args.far_lo + row * args.queries, args.far_hi + row * args.queries, args.queries);
+  int64_t column = far.lo;
+  for (int64_t key = 0; key < args.keys; ++key) {
+    std::fill_n(dk, 2 * row_size, T(0));
+    const auto add = [&](const Slab<T>& slab, int64_t at) {
+      for (int64_t h = 0; h < row_size; ++h) {
+        dk[h] += slab.dk[at + h];
+        dv[h] += slab.dv[at + h];
+      }
+    };
+    for (const Slab<T>& slab : slabs)
+      if (key >= slab.band.lo && key < slab.band.hi) add(slab, (key - slab.band.lo) * row_size);
+    for (; column < far.hi && index[column] == key; ++column)
+      for (const Slab<T>& slab : slabs)
+        if (column >= slab.far.lo && column < slab.far.hi) add(slab, slab.far_start(row_size) + (column - slab.far.lo) * row_size);
+    S* to_k = static_cast<S*>(args.dk) + ((row * args.keys + key) * args.kv_heads + kv_head) * args.head_size;
+    S* to_v = static_cast<S*>(args.dv) + ((row * args.keys + key) * args.kv_heads + kv_head) * args.head_size;
+    for (int64_t h = 0; h < args.head_size; ++h) {
+      narrow(dk[h] * static_cast<T>(args.scale), to_k + h);
+      narrow(dv[h], to_v + h);
+    }
+  }
+}
+
+template <typename S>
+void forward_tasks(const ForwardArgs& args, int64_t first, int64_t last) {
+  using T = typename ComputedIn<S>::Type;
+  const int64_t row_size = padded<T>(args.head_size);
+  for (int64_t number = first; number < last; ++number) {
+    const Task task = task_of(args, number);
+    if (args.slopes != nullptr)
+      forward_task<S, 0, true>(args, task);
+    else if (row_size == 64)
+      forward_task<S, 64, false>(args, task);
+    else
+      forward_task<S, 0, false>(args, task);
+  }
+}
+
+template <typename S>
+void backward_tasks(const BackwardArgs& args, int64_t first, int64_t last) {
+  using T = typename ComputedIn<S>::Type;
+  const int64_t row_size = padded<T>(args.head_size);
+  for (int64_t number = first; number < last; ++number) {
+    const Task task = task_of(args, number);
+    if (args.slopes != nullptr)
+      backward_task<S, 0, true>(args, task);
+    else if (row_size == 64)
+      backward_task<S, 64, false>(args, task);
+    else
+      backward_task<S, 0, false>(args, task);
+  }
+}
+
+template <typename Visit>
+void with_storage(Storage storage, Visit visit) {
+  switch (storage) {
+    case Storage::kFloat: return visit(float{});
+    case Storage::kDouble: return visit(double{});
+    case Storage::kBFloat16: return visit(BFloat16{});
+#if defined(__FLT16_MANT_DIG__)
+    case Storage::kHalf: return visit(Half{});
+#else
+    case Storage::kHalf: return;
+#endif
+  }
+}
+
+}  // namespace
+
+int64_t attention_tasks(const AttentionArgs& args) { return args.batch * args.kv_heads * args.segments; }
+
+void attention_forward(Storage storage, const ForwardArgs& args, int64_t first_task, int64_t last_task) {
+  with_storage(storage, [&](auto zero) { forward_tasks<decltype(zero)>(args, first_task, last_task); });
+}
+
+void attention_backward(Storage storage, const BackwardArgs& args, int64_t first_task, int64_t last_task) {
+  with_storage(storage, [&](auto zero) { backward_tasks<decltype(zero)>(args, first_task, last_task); });
+}
+
+void attention_backward_sum(Storage storage, const BackwardArgs& args, int64_t first_task, int64_t last_task) {
+  with_storage(storage, [&](auto zero) {
+    for (int64_t number = first_task; number < last_task; ++number)
+      sum_task<decltype(zero)>(args, number / args.kv_heads, number % args.kv_heads);
+  });
+}
+
+int64_t backward_slab_bytes(Storage storage, const AttentionArgs& args) {
+  const bool is_double = storage == Storage::kDouble;
+  const int64_t row_size = is_double ? padded<double>(args.head_size) * 8 : padded<float>(args.head_size) * 4;
+  return attention_tasks(args) * 2 * Slab<float>::rows(args) * row_size;
+}
+
+}  // namespace sepllm

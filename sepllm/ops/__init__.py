@@ -1,0 +1,1 @@
+"""Operators that know tensors and nothing else."""
