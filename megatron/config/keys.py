@@ -407,7 +407,11 @@ _INERT: dict[str, Rule] = {
     **_inert(
         "the attention and norm kernels are chosen by `core` and by the device; the mathematics is the same",
         "scaled_upper_triang_masked_softmax_fusion scaled_masked_softmax_fusion layernorm_fusion rmsnorm_fusion bias_dropout_fusion "
-        "rope_fusion RECOMPILE_SEP_ATTN_KERNEL _DEFAULT_SPARSE_BLOCK_SIZE detect_nvlink_pairs",
+        "rope_fusion detect_nvlink_pairs",
+    ),
+    **_inert(
+        "block masks are written in closed form for each batch, in the kernel's own block size, and no batch compiles anything anew",
+        "RECOMPILE_SEP_ATTN_KERNEL _DEFAULT_SPARSE_BLOCK_SIZE",
     ),
     **_inert("initial weights never depend on the parallel layout here", "use_cpu_initialization"),
     **_inert("GPT-NeoX and SepLLM declare it and never read it", "no_save_optim use_bias_in_norms prefill_k generate_k gmlp_attn_dim"),

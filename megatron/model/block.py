@@ -21,12 +21,12 @@ class Block(nn.Module):
     Dropout follows each branch, bias included.
     """
 
-    def __init__(self, config: ModelConfig, *, layer: int, core: str = "auto") -> None:
+    def __init__(self, config: ModelConfig, *, layer: int) -> None:
         super().__init__()
         self.is_parallel = config.gpt_j_residual
         self.hidden_dropout = config.hidden_dropout
         self.input_layernorm = make_norm(config.norm, config.hidden_size, epsilon=config.norm_epsilon)
-        self.attention = SelfAttention(config, layer=layer, core=core)
+        self.attention = SelfAttention(config, layer=layer)
         has_one_norm = config.gpt_j_residual and config.gpt_j_tied
         self.post_attention_layernorm = None if has_one_norm else make_norm(config.norm, config.hidden_size, epsilon=config.norm_epsilon)
         self.mlp = MLP(config)

@@ -18,8 +18,9 @@ from megatron.model.embedding import Embedding
 from megatron.model.init import initialise
 from megatron.model.norms import make_norm
 from megatron.model.self_attention import ForwardPass, rotary_dims
-from sepllm.attention import PositionBias
-from sepllm.layout import TokenLayout
+from sepllm.attention import PositionBias, prepare, spec_of
+from sepllm.layout import KeyRanges, TokenLayout
+from sepllm.pattern import Softmax
 from sepllm.positions import alibi_slopes, rotary_table
 
 EMBEDDING = 0
@@ -87,10 +88,13 @@ class GPTModel(nn.Module):
         are computed again for the backward pass; None keeps all activations."""
         super().__init__()
         self.config = config
+        self.core = core
         self.checkpoint_num_layers = checkpoint_num_layers
+        self.attention_cores: tuple[str, ...] = ()
+        """Which core computed each layer of the last forward pass."""
         layers: dict[int, nn.Module] = {EMBEDDING: Embedding(config)}
         for layer in range(config.num_layers):
-            layers[FIRST_BLOCK + layer] = Block(config, layer=layer, core=core)
+            layers[FIRST_BLOCK + layer] = Block(config, layer=layer)
         layers[config.num_layers + 3] = FinalNorm(config)
         if config.no_weight_tying:
             layers[config.num_layers + 4] = Output(config)
@@ -144,7 +148,17 @@ class GPTModel(nn.Module):
         if config.pos_emb == "alibi":
             slopes = alibi_slopes(config.num_attention_heads).to(like.device)
             bias = PositionBias(slopes=slopes, query_positions=layout.positions, key_positions=layout.key_positions)
-        return ForwardPass(layout=layout, rotary=rotary, bias=bias, cache=cache)
+        ranges = tuple(layout.ranges(layer) for layer in range(config.num_layers))
+        self.attention_cores = self._prepared_cores(ranges, layout.pattern.softmax, bias, like=like)
+        return ForwardPass(ranges=ranges, cores=self.attention_cores, softmax=layout.pattern.softmax, rotary=rotary, bias=bias, cache=cache)
+
+    def _prepared_cores(self, ranges: tuple[KeyRanges, ...], softmax: Softmax, bias: PositionBias | None, *, like: Tensor) -> tuple[str, ...]:
+        """Which core computes each layer, all of them prepared, so that nothing is worked out inside a layer."""
+        dropout = self.config.attention_dropout if self.training else 0.0
+        return tuple(
+            prepare(of_layer, spec_of(like, of_layer, softmax=softmax, bias=bias, dropout=dropout, needs_grad=torch.is_grad_enabled()), self.core)
+            for of_layer in ranges
+        )
 
     def _check(self, ids: Tensor, layout: TokenLayout, cache: KeyValueCache | None) -> None:
         num_keys = layout.ids.shape[1]

@@ -11,7 +11,8 @@ from megatron.config.schema import ModelConfig
 from megatron.model.cache import KeyValueCache
 from megatron.model.norms import make_norm
 from sepllm.attention import PositionBias, attend
-from sepllm.layout import TokenLayout
+from sepllm.layout import KeyRanges
+from sepllm.pattern import Softmax
 from sepllm.positions import apply_rotary, rotary_frequencies
 
 
@@ -19,7 +20,11 @@ from sepllm.positions import apply_rotary, rotary_frequencies
 class ForwardPass:
     """What all layers of one forward pass share, worked out once."""
 
-    layout: TokenLayout
+    ranges: tuple[KeyRanges, ...]
+    """What each layer's queries read."""
+    cores: tuple[str, ...]
+    """Which attention core computes each layer."""
+    softmax: Softmax
     rotary: tuple[Tensor, Tensor] | None
     """Cosines and sines, ``[B, T, R]``."""
     bias: PositionBias | None
@@ -37,10 +42,9 @@ class SelfAttention(nn.Module):
     The second is GPT-NeoX's order since #1315; before that, and in the SepLLM fork, a group was ``q .. q k v``.
     """
 
-    def __init__(self, config: ModelConfig, *, layer: int, core: str = "auto") -> None:
+    def __init__(self, config: ModelConfig, *, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.core = core
         self.num_heads = config.num_attention_heads
         self.num_kv_heads = config.num_kv_heads
         self.head_size = config.hidden_size // config.num_attention_heads
@@ -74,10 +78,10 @@ class SelfAttention(nn.Module):
             q_BTNH,
             k_BSKH,
             v_BSKH,
-            shared.layout.ranges(self.layer),
+            shared.ranges[self.layer],
             scale=scale,
-            core=self.core,
-            softmax=shared.layout.pattern.softmax,
+            core=shared.cores[self.layer],
+            softmax=shared.softmax,
             bias=shared.bias,
             dropout=self.attention_dropout if self.training else 0.0,
         )

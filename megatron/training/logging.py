@@ -62,6 +62,25 @@ def readable_flops(flops_per_s: float) -> str:
     return f"{flops_per_s:3.1f}PFLOPS"
 
 
+def cores_line(cores: tuple[str, ...]) -> str:
+    """Which attention core computes which layers: ``native in layers 1-11, sdpa in layer 0``."""
+    layers = {name: [layer for layer, core in enumerate(cores) if core == name] for name in sorted(set(cores))}
+    if len(layers) == 1:
+        return f"{cores[0]} in all layers"
+    return ", ".join(f"{name} in layer{'s' if len(numbers) > 1 else ''} {_spans(numbers)}" for name, numbers in layers.items())
+
+
+def _spans(numbers: list[int]) -> str:
+    """``0-3, 7``"""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][-1] + 1:
+            spans[-1] = [spans[-1][0], number]
+        else:
+            spans.append([number])
+    return ", ".join("-".join(map(str, span)) for span in spans)
+
+
 class Console:
     """Prints for the run: on the first process only, above the progress bar if there is one."""
 

@@ -21,7 +21,7 @@ from megatron.training.checkpoint import check_save_path, load_training_state, l
 from megatron.training.divergence import check_numbers, check_skips
 from megatron.training.engine import build_engine
 from megatron.training.evaluate import evaluate
-from megatron.training.logging import Console, copied_output
+from megatron.training.logging import Console, copied_output, cores_line
 from megatron.training.manifest import Found, find_checkpoint
 from megatron.training.metrics import MetricLogger
 from megatron.training.progress import Progress
@@ -32,6 +32,7 @@ from megatron.training.statistics import parameter_statistics, timer_metrics
 from megatron.training.step import StepReport, train_step
 from megatron.training.stop import StopRequest
 from megatron.training.validation import check_logits
+from sepllm.attention.measured import is_measured
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -157,6 +158,8 @@ class Run:
         while progress.iteration < self.data.train_iters:
             before = progress
             progress, report = self._step(batches, before)
+            if before == self.start:
+                self._say_cores()
             check_numbers(report, before, self.config, self.mesh)
             skipped_in_a_row = skipped_in_a_row + 1 if report.is_skipped else 0
             check_skips(skipped_in_a_row, progress)
@@ -186,6 +189,11 @@ class Run:
         elapsed_s = time.perf_counter() - started
         self.reporter.step(report, progress, lr=self.schedule.at(progress.applied_steps), elapsed_s=elapsed_s, extra=extra)
         return progress, report
+
+    def _say_cores(self) -> None:
+        device = self.mesh.device.type
+        hint = "" if is_measured(device) else f"; nobody has measured the cores on {device} yet: python -m tools.bench.cores --device {device}"
+        self.reporter.console.say(f" attention: {cores_line(self.engine.module.attention_cores)}{hint}")
 
     def _wants_statistics(self, iteration: int) -> bool:
         logging = self.config.logging

@@ -10,16 +10,17 @@ from torch import Tensor
 
 from sepllm.attention.chunked import CHUNKED
 from sepllm.attention.dense import DENSE
+from sepllm.attention.flex import FLEX
+from sepllm.attention.fused_triton import FUSED_TRITON
+from sepllm.attention.measured import preferred
+from sepllm.attention.native import NATIVE
 from sepllm.attention.sdpa import SDPA
 from sepllm.attention.spec import AttentionSpec, Core, PositionBias
 from sepllm.layout import KeyRanges
 from sepllm.pattern import Softmax, Standard
 
-_CORES = (SDPA, CHUNKED, DENSE)
-"""In the order in which ``auto`` prefers them."""
-
-FEW_QUERIES = 32
-"""Up to this many queries (decoding), ``auto`` takes the plain mask: there is too little work to divide."""
+_CORES = (SDPA, NATIVE, FUSED_TRITON, FLEX, CHUNKED, DENSE)
+"""All cores; `sepllm.attention.measured` says which of them ``auto`` prefers where."""
 
 
 def attend(
@@ -47,14 +48,25 @@ def attend(
     return chosen.attention(q, k, v, ranges, scale=scale, softmax=softmax, bias=bias, dropout=dropout)
 
 
+def prepare(ranges: KeyRanges, spec: AttentionSpec, core: str = "auto") -> str:
+    """Works out ahead what all layers that share the ranges need of the core that computes such calls, and names the core.
+
+    `attend` does it when it finds it missing. Ahead of compiled layers it keeps that work out of what is compiled.
+    """
+    chosen = _choose(spec, core)
+    if chosen.name not in ranges.derived:
+        chosen.prepare(ranges)
+    return chosen.name
+
+
 def spec_of(
     q: Tensor, ranges: KeyRanges, *, softmax: Softmax = Standard(), bias: PositionBias | None = None, dropout: float = 0.0, needs_grad: bool = False
 ) -> AttentionSpec:
-    """The description of one call."""
+    """The description of one call with queries of the dtype and the device of ``q``; its shape does not matter."""
     return AttentionSpec(
         device_type=q.device.type,
         dtype=q.dtype,
-        num_queries=q.shape[1],
+        num_queries=ranges.band_lo.shape[1],
         num_keys=ranges.num_keys,
         longest_band=ranges.longest_band,
         is_causal=ranges.is_causal,
@@ -71,21 +83,21 @@ def choose_core(spec: AttentionSpec, core: str = "auto") -> str:
 
 
 def core_names() -> tuple[str, ...]:
-    """The cores that exist, in the order in which ``auto`` prefers them."""
+    """The cores that exist."""
     return tuple(core.name for core in _CORES)
 
 
 def _choose(spec: AttentionSpec, name: str) -> Core:
+    cores = {core.name: core for core in _CORES}
+    if name != "auto" and name not in cores:
+        raise ValueError(f"core {name!r} is not known: use auto or one of {', '.join(cores)}.")
     reasons = {}
-    for core in _CORES:
-        if name not in ("auto", core.name) or (name == "auto" and core is CHUNKED and spec.num_queries <= FEW_QUERIES):
-            continue
-        reason = core.unsupported(spec)
-        if reason is None:
-            return core
-        reasons[core.name] = reason
-    if not reasons:
-        raise ValueError(f"core {name!r} is not known: use auto or one of {', '.join(core_names())}.")
+    for wanted in preferred(spec) if name == "auto" else (name,):
+        if wanted in cores:
+            reason = cores[wanted].unsupported(spec)
+            if reason is None:
+                return cores[wanted]
+            reasons[wanted] = reason
     raise ValueError("No attention core can compute this: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) + ".")
 
 

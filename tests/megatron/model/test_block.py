@@ -11,10 +11,11 @@ from megatron.config.schema import ModelConfig
 from megatron.model.block import Block
 from megatron.model.self_attention import ForwardPass
 from sepllm.layout import TokenLayout
-from sepllm.pattern import AttentionPattern
+from sepllm.pattern import AttentionPattern, Standard
 
 MakeConfig = Callable[..., ModelConfig]
-SHARED = ForwardPass(layout=TokenLayout.from_ids(torch.zeros(2, 6, dtype=torch.int64), AttentionPattern.full(2)), rotary=None, bias=None, cache=None)
+LAYOUT = TokenLayout.from_ids(torch.zeros(2, 6, dtype=torch.int64), AttentionPattern.full(2))
+SHARED = ForwardPass(ranges=(LAYOUT.ranges(0), LAYOUT.ranges(1)), cores=("auto", "auto"), softmax=Standard(), rotary=None, bias=None, cache=None)
 
 
 def random_block(config: ModelConfig) -> Block:

@@ -395,8 +395,18 @@ def test_built_model_has_the_initial_weights_of_its_seed_in_the_runs_precision(p
 def test_built_model_takes_core_and_checkpointing_from_the_run(make_run: MakeRun) -> None:
     model = build_model(make_run({"attention": {"core": "dense"}, "training": {"checkpoint_activations": True, "checkpoint_num_layers": 2}}))
     assert model.checkpoint_num_layers == 2
-    assert model.sequential["3"].attention.core == "dense"
+    assert model.core == "dense"
     assert build_model(make_run({"training": {"checkpoint_num_layers": 2}})).checkpoint_num_layers is None
+
+
+def test_model_says_which_core_computed_each_layer(make_run: MakeRun) -> None:
+    run = make_run()
+    ids = torch.zeros(1, 9, dtype=torch.int64)
+    for core, expected in (("auto", "native"), ("dense", "dense")):
+        model = GPTModel(run.model, core=core)
+        assert model.attention_cores == ()
+        model(ids, full_layout(ids, run.model))
+        assert model.attention_cores == (expected,) * run.model.num_layers
 
 
 def test_building_on_the_meta_device_allocates_nothing(make_run: MakeRun) -> None:

@@ -29,8 +29,11 @@ def random_attention(config: ModelConfig, **options: object) -> SelfAttention:
     return attention
 
 
-def plain_pass(rows: int, length: int, pattern: AttentionPattern) -> ForwardPass:
-    return ForwardPass(layout=TokenLayout.from_ids(torch.randint(0, 9, (rows, length)), pattern), rotary=None, bias=None, cache=None)
+def plain_pass(rows: int, length: int, pattern: AttentionPattern, *, core: str = "auto") -> ForwardPass:
+    layout = TokenLayout.from_ids(torch.randint(0, 9, (rows, length)), pattern)
+    layers = range(pattern.num_layers)
+    ranges, cores = tuple(layout.ranges(layer) for layer in layers), tuple(core for _ in layers)
+    return ForwardPass(ranges=ranges, cores=cores, softmax=pattern.softmax, rotary=None, bias=None, cache=None)
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -79,9 +82,9 @@ def test_query_key_layer_scaling_changes_no_result(make_config: MakeConfig) -> N
 
 
 def test_query_key_layer_scaling_keeps_large_scores_finite_in_fp16(make_config: MakeConfig) -> None:
-    attention = random_attention(make_config(apply_query_key_layer_scaling=True, use_bias_in_attn_linear=False), layer=31, core="dense")
+    attention = random_attention(make_config(apply_query_key_layer_scaling=True, use_bias_in_attn_linear=False), layer=31)
     x = torch.randn(1, 9, 48) * 60
-    shared = plain_pass(1, 9, AttentionPattern(windows=(4,) * 32))
+    shared = plain_pass(1, 9, AttentionPattern(windows=(4,) * 32), core="dense")
     q, k, _ = attention._split(attention.query_key_value(x))
     assert torch.einsum("btnh,bsnh->bnts", q, k).abs().max() > torch.finfo(torch.float16).max
     assert attention.half()(x.half(), shared).isfinite().all()
@@ -116,6 +119,6 @@ def test_dropout_of_attention_weights_acts_in_training_only(make_config: MakeCon
 
 
 def test_core_that_cannot_compute_the_layer_is_refused_with_its_reason(make_config: MakeConfig) -> None:
-    attention = random_attention(make_config(), core="sdpa")
+    attention = random_attention(make_config())
     with pytest.raises(ValueError, match="sdpa: only for layers that read every earlier key"):
-        attention(torch.randn(1, 9, 48), plain_pass(1, 9, AttentionPattern(windows=(3, 3))))
+        attention(torch.randn(1, 9, 48), plain_pass(1, 9, AttentionPattern(windows=(3, 3)), core="sdpa"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.training.logging import Console, Interval, console_line, copied_output, readable_flops
+from megatron.training.logging import Console, Interval, console_line, copied_output, cores_line, readable_flops
 from megatron.training.trainer import train
 from tests.megatron.training.running import MakeConfig
 
@@ -91,3 +91,15 @@ def test_only_one_process_of_a_host_copies(tmp_path: Path) -> None:
     with copied_output(str(tmp_path / "logs"), local_rank=1):
         print("text")
     assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("cores", "line"),
+    [
+        (("native",) * 12, "native in all layers"),
+        (("sdpa", "chunked", "chunked", "sdpa", "sdpa"), "chunked in layers 1-2, sdpa in layers 0, 3-4"),
+        (("dense", "sdpa"), "dense in layer 0, sdpa in layer 1"),
+    ],
+)
+def test_line_of_the_attention_cores_names_the_layers_of_each(cores: tuple[str, ...], line: str) -> None:
+    assert cores_line(cores) == line

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sepllm.attention import AttentionSpec, attend, choose_core, core_names
-from sepllm.attention.registry import spec_of
+from sepllm.attention import AttentionSpec, attend, choose_core, core_names, prepare, spec_of
+from sepllm.attention.measured import MEASURED, UNMEASURED, is_measured
 from sepllm.layout import TokenLayout
 from sepllm.pattern import AttentionPattern, Standard
 
@@ -22,9 +22,32 @@ def spec(ranges: object = FULL, **changes: object) -> AttentionSpec:
     return spec_of(Q, ranges, **{"softmax": Standard(), "bias": None, "dropout": 0.0} | changes)
 
 
-def test_full_layers_take_torchs_own_kernel_and_sparse_ones_do_not() -> None:
-    assert choose_core(spec(FULL)) == "sdpa"
-    assert choose_core(spec(SPARSE)) != "sdpa"
+def test_cpu_takes_the_native_core_and_its_own_attention_for_one_token_over_everything() -> None:
+    assert choose_core(spec(FULL)) == "native"
+    assert choose_core(spec(SPARSE)) == "native"
+    assert choose_core(replace(spec(FULL), num_queries=1)) == "sdpa"
+    assert choose_core(replace(spec(SPARSE), num_queries=1)) == "native"
+
+
+@pytest.mark.parametrize(("num_queries", "sparse"), [(1, "dense"), (32, "dense"), (33, "chunked")])
+def test_device_that_nobody_measured_keeps_to_torchs_kernels(num_queries: int, sparse: str) -> None:
+    assert not is_measured("cuda")
+    assert choose_core(replace(spec(FULL), device_type="cuda", num_queries=num_queries)) == "sdpa"
+    assert choose_core(replace(spec(SPARSE), device_type="cuda", num_queries=num_queries)) == sparse
+
+
+def test_every_preferred_core_exists_and_the_last_is_the_definition() -> None:
+    for row in (*UNMEASURED, *(row for rows in MEASURED.values() for row in rows)):
+        assert set(row.cores) <= set(core_names())
+        assert row.cores[-1] == "dense"
+
+
+def test_preparing_ahead_names_the_core_and_fills_what_layers_share() -> None:
+    ranges = TokenLayout.from_ids(IDS, AttentionPattern(windows=(2,))).ranges(0)
+    assert prepare(ranges, spec(ranges), "chunked") == "chunked"
+    shared = ranges.derived["chunked"]
+    attend(Q, Q, Q, ranges, scale=1.0, core="chunked")
+    assert ranges.derived["chunked"] is shared
 
 
 def test_dropout_is_computed_by_the_definition() -> None:
@@ -41,10 +64,10 @@ def test_core_that_cannot_is_refused_with_its_reason() -> None:
         choose_core(spec(SPARSE), "sdpa")
 
 
-def test_a_call_that_no_core_supports_names_every_core() -> None:
+def test_a_call_that_no_core_supports_names_every_core_that_was_asked() -> None:
     with pytest.raises(ValueError, match="No attention core can compute this") as caught:
         choose_core(replace(spec(FULL, softmax=object()), num_queries=1000))
-    assert all(f"{name}: " in str(caught.value) for name in core_names())
+    assert all(f"{name}: " in str(caught.value) for name in ("native", "sdpa", "chunked", "dense"))
 
 
 @pytest.mark.parametrize(
