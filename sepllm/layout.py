@@ -12,17 +12,22 @@ holes are other integers in the same four bounds, so an attention core needs to 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sepllm.pattern import AttentionPattern
 
 NEVER = 2**30
 """Place of a right-padding column: after every query's."""
+
+CAPACITY_STEP = 64
+"""Far columns come in multiples of this many, and of an eighth of the keys, so that shapes repeat from batch to batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +40,8 @@ class KeyRanges:
     """
 
     index: Tensor
-    """``[B, M]``: key column of each far column, ascending. Columns that a row does not use hold 0 and are in nobody's range."""
+    """``[B, M]``: key column of each far column, ascending; M is `far_capacity`'s. Columns that a row does not use hold 0 and are in
+    nobody's range."""
     far_lo: Tensor
     """``[B, T]``"""
     far_hi: Tensor
@@ -50,6 +56,11 @@ class KeyRanges:
     """Upper bound on the keys of a query's band, known without looking at the tensors."""
     is_causal: bool = False
     """Likewise: query ``t`` reads exactly the keys ``0 .. S - T + t``."""
+    extremes: tuple[Tensor, Tensor] | None = None
+    """``[B, T]`` int32: every key that a query could read under any window is one of ``lo <= j < hi``. The self-adjust softmax may take
+    its extremes over these."""
+    host: KeyRanges | None = field(default=None, repr=False, compare=False)
+    """The same ranges on the CPU, where they were moved from there: sizes can be read from them without waiting for a device."""
     derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     """What an attention core worked out from these ranges, under its own name; every layer that shares them finds it here."""
 
@@ -83,6 +94,7 @@ class KeyRanges:
 
     def to(self, device: torch.device | str) -> KeyRanges:
         """The same ranges on another device (the copy does not wait for it)."""
+        is_here, stays_here = self.index.device.type == "cpu", torch.device(device).type == "cpu"
         return replace(
             self,
             index=self.index.to(device, non_blocking=True),
@@ -90,43 +102,84 @@ class KeyRanges:
             far_hi=self.far_hi.to(device, non_blocking=True),
             band_lo=self.band_lo.to(device, non_blocking=True),
             band_hi=self.band_hi.to(device, non_blocking=True),
+            extremes=self.extremes and (self.extremes[0].to(device, non_blocking=True), self.extremes[1].to(device, non_blocking=True)),
+            host=None if stays_here else self if is_here else self.host,
             derived={},
         )
 
 
-def key_ranges(
-    far: Tensor, window: int, *, key_places: Tensor, query_places: Tensor, first: Tensor, sliding_width: int | None = None, is_causal: bool = False
-) -> KeyRanges:
-    """`KeyRanges` of the queries at ``query_places`` over the stored keys at ``key_places``.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reach:
+    """What queries may read under any window: the columns ``first <= j < end``, and which of them are far keys."""
+
+    first: Tensor
+    """``[B, T]`` int32"""
+    end: Tensor
+    """``[B, T]`` int32; equal to `first` for a query that reads nothing."""
+    index: Tensor
+    """``[B, M]`` int32, as in `KeyRanges`."""
+    far_before: Tensor
+    """``[B, S + 1]`` int32: how many far keys stand before column j, and so the far column of the next one."""
+    far_lo: Tensor
+    """``[B, T]`` int32"""
+
+    @classmethod
+    def of(cls, is_far: Tensor, *, first: Tensor, end: Tensor, starts_at_0: bool = False) -> Reach:
+        """``is_far [B, S]`` bool. ``starts_at_0``: ``first`` is 0 everywhere. On an accelerator M is the most that there can be, because
+        to count would be to wait."""
+        num_keys, device = is_far.shape[1], is_far.device
+        before = pad(is_far, (1, 0)).cumsum(1, dtype=torch.int32)
+        most = max(before[:, -1].tolist(), default=0) if device.type == "cpu" else num_keys
+        index = torch.zeros(len(is_far), far_capacity(most, num_keys), dtype=torch.int32, device=device)
+        slots = before[:, :-1].clamp(max=index.shape[1] - 1)
+        index.scatter_add_(1, slots, is_far * _columns(0, num_keys, device))  # a key that is not far adds 0 to some slot
+        return cls(first=first, end=end, index=index, far_before=before, far_lo=first if starts_at_0 else before.gather(1, first))
+
+    @classmethod
+    def without_far_keys(cls, *, num_keys: int, first: Tensor, end: Tensor) -> Reach:
+        """Where no batch of the pattern has far keys."""
+        before = torch.zeros(len(first), num_keys + 1, dtype=torch.int32, device=first.device)
+        return cls(first=first, end=end, index=before[:, :0], far_before=before, far_lo=torch.zeros_like(first))
+
+    def ranges(self, window_start: Tensor, *, longest_band: int, is_causal: bool = False) -> KeyRanges:
+        """The ranges of queries whose windows begin at ``window_start [B, T]``, or where their reach does if that is later."""
+        band_lo = torch.maximum(window_start, self.first)
+        return KeyRanges(
+            index=self.index,
+            far_lo=self.far_lo,
+            far_hi=self.far_before.gather(1, band_lo),
+            band_lo=band_lo,
+            band_hi=self.end,
+            num_keys=self.far_before.shape[1] - 1,
+            longest_band=longest_band,
+            is_causal=is_causal,
+            extremes=(self.first, self.end),
+        )
+
+
+def far_capacity(most: int, num_keys: int) -> int:
+    """Columns of the list that holds the ``most`` far keys of a row: at least one step where a pattern may have far keys at all."""
+    step = CAPACITY_STEP * max(1, math.ceil(num_keys / (8 * CAPACITY_STEP)))
+    return min(step * math.ceil(max(most, 1) / step), CAPACITY_STEP * math.ceil(num_keys / CAPACITY_STEP))
+
+
+def key_ranges(far: Tensor, window: int, *, key_places: Tensor, query_places: Tensor, first: Tensor, sliding_width: int | None = None) -> KeyRanges:
+    """`KeyRanges` of the queries at ``query_places`` over stored keys at ``key_places``: a cache with holes.
 
     A place is a column of the whole text, so a cache that dropped keys passes the places that it kept. ``far [B, S]`` bool, false
     on padding. ``key_places [B, S]`` ascending: -1 on left padding, `NEVER` on right padding. ``query_places`` and ``first``
     ``[B, T]``: where the query stands and the first place it may read (where its document starts).
     """
-    batch, num_keys = far.shape
-    before = torch.zeros(batch, num_keys + 1, dtype=torch.int32, device=far.device)  # far keys in columns < c
-    torch.cumsum(far, 1, dtype=torch.int32, out=before[:, 1:])
-    index = torch.zeros(batch, int(before[:, -1].max()), dtype=torch.int32, device=far.device)
-    row, column = far.nonzero(as_tuple=True)
-    index[row, before[row, column].long()] = column.int()
+    key_places = key_places.contiguous()
+
+    def column_of(place: Tensor, *, right: bool = False) -> Tensor:
+        return torch.searchsorted(key_places, place.contiguous(), right=right, out_int32=True)
+
     if sliding_width is not None:
         first = torch.maximum(first, query_places - sliding_width)
-    key_places = key_places.contiguous()
-    band_hi = torch.searchsorted(key_places, query_places.contiguous(), right=True)
-    band_lo = torch.searchsorted(key_places, torch.maximum(query_places - window + 1, first))
-    band_lo = torch.minimum(band_lo, band_hi)
-    far_hi = before.gather(1, band_lo)
-    far_lo = torch.minimum(before.gather(1, torch.searchsorted(key_places, first.contiguous())), far_hi)
-    return KeyRanges(
-        index=index,
-        far_lo=far_lo,
-        far_hi=far_hi,
-        band_lo=band_lo.int(),
-        band_hi=band_hi.int(),
-        num_keys=num_keys,
-        longest_band=min(window, num_keys),
-        is_causal=is_causal,
-    )
+    num_keys, end = far.shape[1], column_of(query_places, right=True)
+    reach = Reach.of(far, first=torch.minimum(column_of(first), end), end=end)
+    return reach.ranges(column_of(query_places - (window - 1)), longest_band=min(window, num_keys))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,19 +222,8 @@ class TokenLayout:
             raise ValueError(f"ids has shape {tuple(ids.shape)}: give a batch of rows, [B, S].")
         if pattern.reference_padding and document_end_id is not None:
             raise ValueError("reference_padding reads a row as one text: leave document_end_id out, or reference_padding off.")
-        flags = ids.new_zeros(ids.shape[0], 0, dtype=torch.bool)
-        empty = cls(
-            pattern=pattern,
-            num_queries=0,
-            ids=ids[:, :0],
-            is_text=flags,
-            is_separator=flags,
-            is_initial=flags,
-            document_start=flags.int(),
-            document_end_id=document_end_id,
-        )
         is_text = _text_columns(ids, pattern, attention_mask)
-        layout = empty._append(ids, pattern, is_text)
+        layout = cls._of_columns(ids, pattern, is_text, document_end_id=document_end_id)
         return replace(layout, is_initial=_reference_initial(ids, pattern) & layout.is_text) if pattern.reference_padding else layout
 
     def extend(self, ids: Tensor, *, pattern: AttentionPattern | None = None, attention_mask: Tensor | None = None) -> TokenLayout:
@@ -202,77 +244,112 @@ class TokenLayout:
         return replace(grown, is_initial=torch.cat([self.is_initial, torch.zeros_like(ids, dtype=torch.bool)], 1))
 
     def _append(self, ids: Tensor, pattern: AttentionPattern, is_text: Tensor | None) -> TokenLayout:
-        """New columns. A document starts at the first text column of a row and after each ``document_end_id``."""
-        old = self.ids.shape[1]
-        columns = torch.arange(old, old + ids.shape[1], dtype=torch.int32, device=ids.device).expand(ids.shape)
-        has_padding = is_text is not None and not bool(is_text.all())
-        if is_text is None:
-            is_text = torch.ones_like(ids, dtype=torch.bool)
-        all_text, all_ids = torch.cat([self.is_text, is_text], 1), torch.cat([self.ids, ids], 1)
-        restarts = torch.where(is_text & ~_shifted(all_text, old, ids.shape[1], fill=False), columns, 0)
-        if self.document_end_id is not None:
-            ended = _shifted(all_ids, old, ids.shape[1], fill=-1) == self.document_end_id
-            restarts = torch.where(ended, columns, restarts)
-        start = restarts.cummax(1).values if ids.shape[1] else restarts
-        start = torch.zeros_like(start) if pattern.reference_padding else torch.maximum(start, self.document_start[:, -1:]) if old else start
+        old = self if self.ids.shape[1] else None
+        new = self._of_columns(ids, pattern, is_text, document_end_id=self.document_end_id, old=old)
         return replace(
-            self,
+            new,
+            ids=torch.cat([self.ids, new.ids], 1),
+            is_text=torch.cat([self.is_text, new.is_text], 1),
+            is_separator=torch.cat([self.is_separator, new.is_separator], 1),
+            is_initial=torch.cat([self.is_initial, new.is_initial], 1),
+            document_start=torch.cat([self.document_start, new.document_start], 1),
+        )
+
+    @classmethod
+    def _of_columns(
+        cls, ids: Tensor, pattern: AttentionPattern, is_text: Tensor | None, *, document_end_id: int | None, old: TokenLayout | None = None
+    ) -> TokenLayout:
+        """The columns ``ids [B, T]`` alone, as they are after the ``old`` ones. ``is_text`` None: all of them are."""
+        has_padding = (old is not None and old.has_padding) or (is_text is not None and not bool(is_text.all()))
+        is_text = torch.ones_like(ids, dtype=torch.bool) if is_text is None else is_text
+        columns = _columns(0 if old is None else old.ids.shape[1], ids.shape[1], ids.device)
+        is_separator = _is_in(ids, pattern.separator_ids)
+        if pattern.reference_padding or not (has_padding or document_end_id is not None):
+            start = torch.zeros_like(ids, dtype=torch.int32)
+            is_initial = (columns < pattern.initial_tokens).expand(ids.shape)
+        else:
+            start = _document_starts(ids, is_text, columns, document_end_id=document_end_id, old=old)
+            is_initial = columns - start < pattern.initial_tokens
+        if has_padding:
+            is_separator, is_initial = is_separator & is_text, is_initial & is_text
+        return cls(
             pattern=pattern,
             num_queries=ids.shape[1],
-            ids=all_ids,
-            is_text=all_text,
-            is_separator=torch.cat([self.is_separator, _is_in(ids, pattern.separator_ids) & is_text], 1),
-            is_initial=torch.cat([self.is_initial, (columns - start < pattern.initial_tokens) & is_text], 1),
-            document_start=torch.cat([self.document_start, start], 1),
-            has_padding=self.has_padding or has_padding,
-            _ranges={},
+            ids=ids,
+            is_text=is_text,
+            is_separator=is_separator,
+            is_initial=is_initial,
+            document_start=start,
+            has_padding=has_padding,
+            document_end_id=document_end_id,
         )
 
     @property
     def positions(self) -> Tensor:
         """Place of each query in its own text (or document), for position embeddings; 0 on padding. ``[B, T]`` int64."""
-        start = self.document_start[:, -self.num_queries :]
-        return torch.where(self.is_text[:, -self.num_queries :], self._query_columns() - start, 0).long()
+        return self._of_queries(self.key_positions)
 
     @property
     def key_positions(self) -> Tensor:
         """The same for every column. ``[B, S]`` int64."""
-        columns = torch.arange(self.ids.shape[1], device=self.ids.device)
+        columns = _columns(0, self.ids.shape[1], self.ids.device)
         return torch.where(self.is_text, columns - self.document_start, 0).long()
+
+    def bilevel_positions(self, separator_ids: Iterable[int]) -> BilevelPositions:
+        """BiPE's positions of every column, those of the queries last (arXiv 2401.16421). A separator ends its segment."""
+        is_end = _is_in(self.ids, frozenset(separator_ids)) & self.is_text
+        columns, start = _columns(0, self.ids.shape[1], self.ids.device), self.document_start
+        ended = is_end.cumsum(1) - is_end.long()  # segments that ended before this column, in this row
+        segment_start = torch.where(_one_before(is_end, torch.zeros_like(is_end[:, :1])), columns, start).cummax(1).values
+        segment_start = torch.maximum(segment_start, start)
+        return BilevelPositions(
+            inter=torch.where(self.is_text, ended - ended.gather(1, start.long()), 0),
+            intra=torch.where(self.is_text, columns - segment_start, 0).long(),
+        )
 
     def is_far(self, layer: int) -> Tensor:
         """Which keys every later query of this layer may read. ``[B, S]`` bool."""
-        far = self.is_separator | self.is_initial
-        if self.pattern.intervals is not None:
-            place = torch.arange(self.ids.shape[1], device=self.ids.device) - self.document_start - self.pattern.initial_tokens
-            far = far | ((place >= 0) & ((place + 1) % self.pattern.intervals[layer] == 0) & self.is_text)
+        far, interval = self.is_separator | self.is_initial, self._interval(layer)
+        if interval is not None:
+            place = _columns(0, self.ids.shape[1], self.ids.device) - self.document_start - self.pattern.initial_tokens
+            far = far | ((place >= 0) & ((place + 1) % interval == 0) & self.is_text)
         return far
 
     def ranges(self, layer: int) -> KeyRanges:
-        """What the queries of this layer read. Layers with the same window and grid share one object."""
-        interval = self.pattern.intervals[layer] if self.pattern.intervals is not None else None
-        wanted = (self.pattern.windows[layer], interval)
-        if wanted not in self._ranges:
-            self._ranges[wanted] = self._make_ranges(layer)
-        return self._ranges[wanted]
+        """What the queries of this layer read. Layers with the same window and grid share one object; the first call makes all."""
+        if not self._ranges:
+            self._make_ranges()
+        return self._ranges[self.pattern.windows[layer], self._interval(layer)]
 
-    def _make_ranges(self, layer: int) -> KeyRanges:
-        length = self.ids.shape[1]
-        key_places = torch.arange(length, dtype=torch.int32, device=self.ids.device).expand(self.ids.shape)
-        first = self.document_start[:, -self.num_queries :]
+    def _make_ranges(self) -> None:
+        is_one_text, length = not self.has_padding and self.document_end_id is None, self.ids.shape[1]
+        reaches: dict[int | None, Reach] = {}
+        for layer, window in enumerate(self.pattern.windows):
+            interval = self._interval(layer)
+            if interval not in reaches:
+                reaches[interval] = self._reach(layer)
+            if (window, interval) not in self._ranges:
+                reach, is_causal = reaches[interval], is_one_text and self.pattern.is_full(length, layer=layer)
+                self._ranges[window, interval] = reach.ranges(reach.end - window, longest_band=min(window, length), is_causal=is_causal)
+
+    def _reach(self, layer: int) -> Reach:
+        """A query reaches from its document's start to itself. Padding reaches nothing, at the edge of the row's text."""
+        length, width = self.ids.shape[1], self.pattern.sliding_width
+        first = self._of_queries(self.document_start).contiguous()
+        end = _columns(length - self.num_queries + 1, self.num_queries, self.ids.device).expand_as(first).contiguous()
+        if width is not None:
+            first = torch.maximum(first, end - (1 + width))
         if self.has_padding:
-            trailing = self.is_text.cummax(1).values
-            key_places = torch.where(self.is_text, key_places, torch.where(trailing, NEVER, -1))
-            first = torch.where(key_places[:, -self.num_queries :] == NEVER, NEVER + 1, first)
-        return key_ranges(
-            self.is_far(layer),
-            self.pattern.windows[layer],
-            key_places=key_places,
-            query_places=key_places[:, -self.num_queries :],
-            first=first,
-            sliding_width=self.pattern.sliding_width,
-            is_causal=self.pattern.is_full(length, layer=layer) and not self.has_padding and self.document_end_id is None,
-        )
+            text_start = self.is_text.int().argmax(1, keepdim=True).int()
+            end = torch.clamp(end, text_start, text_start + self.is_text.sum(1, keepdim=True, dtype=torch.int32))
+            first = torch.where(self._of_queries(self.is_text), torch.maximum(first, text_start), end)
+        if not self.pattern.has_far_keys:
+            return Reach.without_far_keys(num_keys=length, first=first, end=end)
+        starts_at_0 = width is None and not self.has_padding and self.document_end_id is None
+        return Reach.of(self.is_far(layer), first=first, end=end, starts_at_0=starts_at_0)
+
+    def _interval(self, layer: int) -> int | None:
+        return None if self.pattern.intervals is None else self.pattern.intervals[layer]
 
     def attention_map_ratio(self) -> float:
         """Kept pairs over causal pairs, all layers and rows: the paper's Attn(%) as a fraction (arXiv 2412.12094, Table 3)."""
@@ -310,9 +387,19 @@ class TokenLayout:
             _ranges={},
         )
 
-    def _query_columns(self) -> Tensor:
-        length = self.ids.shape[1]
-        return torch.arange(length - self.num_queries, length, dtype=torch.int32, device=self.ids.device)
+    def _of_queries(self, whole: Tensor) -> Tensor:
+        """The last columns of ``whole [B, S]``, which are the queries. ``[B, T]``"""
+        return whole[:, whole.shape[1] - self.num_queries :]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BilevelPositions:
+    """Positions of BiPE, each ``[B, S]`` int64, 0 on padding. Both begin anew with each document."""
+
+    inter: Tensor
+    """Number of the token's segment: how many separators stand before it."""
+    intra: Tensor
+    """Place of the token in its segment."""
 
 
 def _text_columns(ids: Tensor, pattern: AttentionPattern, attention_mask: Tensor | None) -> Tensor | None:
@@ -344,15 +431,31 @@ def _reference_initial(ids: Tensor, pattern: AttentionPattern) -> Tensor:
 
 
 def _is_in(ids: Tensor, wanted: frozenset[int]) -> Tensor:
-    if not wanted:
-        return torch.zeros_like(ids, dtype=torch.bool)
-    return torch.isin(ids, torch.tensor(sorted(wanted), dtype=ids.dtype, device=ids.device))
+    """Which of ``ids [B, S]`` are wanted, looked up in a table whose last entry stands for all ids outside. bool."""
+    table = torch.zeros(max(wanted, default=-1) + 2, dtype=torch.bool, device=ids.device)
+    table.index_fill_(0, torch.tensor(sorted(wanted), dtype=torch.int64).to(ids.device, non_blocking=True), True)
+    return table.take(ids.clamp(-1, len(table) - 1).long())
 
 
-def _shifted(whole: Tensor, start: int, count: int, *, fill: int | bool) -> Tensor:
-    """For each of ``count`` columns from ``start`` on, what stands one column before it; ``fill`` before the first."""
-    before = torch.cat([torch.full_like(whole[:, :1], fill), whole], 1)
-    return before[:, start : start + count]
+def _document_starts(ids: Tensor, is_text: Tensor, columns: Tensor, *, document_end_id: int | None, old: TokenLayout | None) -> Tensor:
+    """Where the document of each of ``columns`` starts: at a row's first text and after each ``document_end_id``. ``[B, T]`` int32."""
+    was_text = _one_before(is_text, torch.zeros_like(is_text[:, :1]) if old is None else old.is_text[:, -1:])
+    restarts = torch.where(is_text & ~was_text, columns, 0)
+    if document_end_id is not None:
+        has_ended = _one_before(ids, torch.full_like(ids[:, :1], -1) if old is None else old.ids[:, -1:]) == document_end_id
+        restarts = torch.where(has_ended, columns, restarts)
+    if old is not None:
+        restarts = torch.maximum(restarts, old.document_start[:, -1:])
+    return restarts.cummax(1).values if len(columns) else restarts
+
+
+def _one_before(x: Tensor, first: Tensor) -> Tensor:
+    """For each column what stands one column before it: ``first [B, 1]`` before the first. ``[B, T]``"""
+    return torch.cat([first, x[:, :-1]], 1)[:, : x.shape[1]]
+
+
+def _columns(start: int, count: int, device: torch.device) -> Tensor:
+    return torch.arange(start, start + count, dtype=torch.int32, device=device)
 
 
 def _covered(low: Tensor, high: Tensor, count: int) -> Tensor:

@@ -88,6 +88,11 @@ class AttentionPattern:
     def num_layers(self) -> int:
         return len(self.windows)
 
+    @property
+    def has_far_keys(self) -> bool:
+        """Whether any text can hold a key that every later query may read."""
+        return self.initial_tokens > 0 or bool(self.separator_ids) or self.intervals is not None
+
     def is_full(self, sequence_length: int, *, layer: int | None = None) -> bool:
         """Whether the layer (or every layer) is plain causal attention at this sequence length."""
         if self.sliding_width is not None and self.sliding_width < sequence_length - 1:
