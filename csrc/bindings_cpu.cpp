@@ -9,7 +9,7 @@
 
 namespace {
 using at::Tensor;
-using c10::optional;
+using OptionalTensor = std::optional<Tensor>;
 
 sepllm::Storage storage_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -28,9 +28,9 @@ sepllm::Strides strides_of(const Tensor& x) { return {x.stride(0), x.stride(1), 
 
 // The tensors as the kernels read them; keeps what had to be copied alive.
 struct Inputs {
-  Tensor q, k, v, index, far_lo, far_hi, band_lo, band_hi, slopes, query_positions, key_positions;
+  Tensor q, k, v, index, far_lo, far_hi, band_lo, band_hi, slopes, query_positions, key_positions, extremes_lo, extremes_hi;
 
-  void fill(sepllm::AttentionArgs& args, double scale) const {
+  void fill(sepllm::AttentionArgs& args, double scale, int64_t softmax, double numerator_bias, double denominator_bias) const {
     args.batch = q.size(0);
     args.queries = q.size(1);
     args.heads = q.size(2);
@@ -53,6 +53,11 @@ struct Inputs {
     args.slopes = slopes.defined() ? slopes.const_data_ptr<double>() : nullptr;
     args.query_positions = slopes.defined() ? query_positions.const_data_ptr<double>() : nullptr;
     args.key_positions = slopes.defined() ? key_positions.const_data_ptr<double>() : nullptr;
+    args.softmax = static_cast<sepllm::Softmax>(softmax);
+    args.numerator_bias = numerator_bias;
+    args.denominator_bias = denominator_bias;
+    args.extremes_lo = extremes_lo.defined() ? extremes_lo.const_data_ptr<int32_t>() : nullptr;
+    args.extremes_hi = extremes_hi.defined() ? extremes_hi.const_data_ptr<int32_t>() : nullptr;
     // Rows and heads are work enough for that many threads; more of them share a row's queries.
     const int64_t heads = std::max<int64_t>(1, args.batch * args.kv_heads);
     args.segments = std::clamp<int64_t>((at::get_num_threads() + heads - 1) / heads, 1, std::max<int64_t>(1, args.queries / 256));
@@ -80,9 +85,7 @@ void check_bounds(const Tensor& lo, const Tensor& hi, int64_t columns, const cha
   }
 }
 
-Inputs checked(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& index, const Tensor& far_lo, const Tensor& far_hi,
-               const Tensor& band_lo, const Tensor& band_hi, const optional<Tensor>& slopes, const optional<Tensor>& query_positions,
-               const optional<Tensor>& key_positions) {
+void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& index, std::initializer_list<const Tensor*> bounds) {
   TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && v.sizes() == k.sizes() && q.size(0) == k.size(0) && q.size(3) == k.size(3), "q ", q.sizes(),
                     ", k ", k.sizes(), ", v ", v.sizes(), ": they must be [B, T, N, H], [B, S, K, H], [B, S, K, H].");
   TORCH_CHECK_VALUE(k.size(2) > 0 && q.size(2) % k.size(2) == 0, "q has ", q.size(2), " heads and k ", k.size(2),
@@ -90,56 +93,88 @@ Inputs checked(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
   TORCH_CHECK_VALUE(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(), "q, k and v must have one dtype, but are ",
                     q.scalar_type(), ", ", k.scalar_type(), " and ", v.scalar_type(), ".");
   TORCH_CHECK_VALUE(index.dim() == 2 && index.size(0) == q.size(0) && index.scalar_type() == at::kInt, "index must be int32 [B, M].");
-  for (const Tensor* bound : {&far_lo, &far_hi, &band_lo, &band_hi})
+  for (const Tensor* bound : bounds)
     TORCH_CHECK_VALUE(bound->sizes() == q.sizes().slice(0, 2) && bound->scalar_type() == at::kInt, "Bounds must be int32 [B, T] like q ", q.sizes(),
                       ", but one is ", bound->scalar_type(), " ", bound->sizes(), ".");
+}
+
+Inputs checked(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& index, const Tensor& far_lo, const Tensor& far_hi,
+               const Tensor& band_lo, const Tensor& band_hi, const OptionalTensor& slopes, const OptionalTensor& query_positions,
+               const OptionalTensor& key_positions, const OptionalTensor& extremes_lo, const OptionalTensor& extremes_hi) {
+  check_shapes(q, k, v, index, {&far_lo, &far_hi, &band_lo, &band_hi});
   check_bounds(far_lo, far_hi, index.size(1), "far");
   check_bounds(band_lo, band_hi, k.size(1), "band");
   check_range(index, 0, k.size(1) - 1, "index");
-  const bool has_bias = slopes.has_value();
-  TORCH_CHECK_VALUE(has_bias == query_positions.has_value() && has_bias == key_positions.has_value(),
+  Inputs inputs{with_adjacent_heads(q), with_adjacent_heads(k), with_adjacent_heads(v), index.contiguous(),
+                far_lo.contiguous(),    far_hi.contiguous(),    band_lo.contiguous(),   band_hi.contiguous()};
+  TORCH_CHECK_VALUE(slopes.has_value() == query_positions.has_value() && slopes.has_value() == key_positions.has_value(),
                     "A position bias needs slopes, query_positions and key_positions.");
-  if (has_bias)
+  if (slopes.has_value()) {
     TORCH_CHECK_VALUE(slopes->numel() == q.size(2) && query_positions->sizes() == q.sizes().slice(0, 2) && key_positions->sizes() == k.sizes().slice(0, 2),
                       "slopes, query_positions and key_positions must be [N], [B, T] and [B, S].");
-  const auto vector = [](const Tensor& x) { return x.to(at::kDouble).contiguous(); };
-  return {with_adjacent_heads(q), with_adjacent_heads(k),  with_adjacent_heads(v), index.contiguous(),
-          far_lo.contiguous(),    far_hi.contiguous(),     band_lo.contiguous(),   band_hi.contiguous(),
-          has_bias ? vector(*slopes) : Tensor(), has_bias ? vector(*query_positions) : Tensor(), has_bias ? vector(*key_positions) : Tensor()};
+    inputs.slopes = slopes->to(at::kDouble).contiguous();
+    inputs.query_positions = query_positions->to(at::kDouble).contiguous();
+    inputs.key_positions = key_positions->to(at::kDouble).contiguous();
+  }
+  TORCH_CHECK_VALUE(extremes_lo.has_value() == extremes_hi.has_value(), "Extremes need both of their bounds.");
+  if (extremes_lo.has_value()) {
+    check_shapes(q, k, v, index, {&*extremes_lo, &*extremes_hi});
+    check_bounds(*extremes_lo, *extremes_hi, k.size(1), "extremes");
+    inputs.extremes_lo = extremes_lo->contiguous();
+    inputs.extremes_hi = extremes_hi->contiguous();
+  }
+  return inputs;
 }
 
-std::tuple<Tensor, Tensor> sep_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& index, const Tensor& far_lo,
-                                         const Tensor& far_hi, const Tensor& band_lo, const Tensor& band_hi, const optional<Tensor>& slopes,
-                                         const optional<Tensor>& query_positions, const optional<Tensor>& key_positions, double scale) {
-  const Inputs inputs = checked(q, k, v, index, far_lo, far_hi, band_lo, band_hi, slopes, query_positions, key_positions);
+std::tuple<Tensor, Tensor, Tensor, Tensor> sep_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& index, const Tensor& far_lo,
+                                                         const Tensor& far_hi, const Tensor& band_lo, const Tensor& band_hi,
+                                                         const OptionalTensor& slopes, const OptionalTensor& query_positions,
+                                                         const OptionalTensor& key_positions, const OptionalTensor& extremes_lo,
+                                                         const OptionalTensor& extremes_hi, double scale, int64_t softmax, double numerator_bias,
+                                                         double denominator_bias) {
+  const Inputs inputs =
+      checked(q, k, v, index, far_lo, far_hi, band_lo, band_hi, slopes, query_positions, key_positions, extremes_lo, extremes_hi);
   const sepllm::Storage storage = storage_of(q);
-  Tensor out = at::empty(q.sizes(), q.options().memory_format(at::MemoryFormat::Contiguous));
-  Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
   sepllm::ForwardArgs args{};
-  inputs.fill(args, scale);
+  inputs.fill(args, scale, softmax, numerator_bias, denominator_bias);
+  const auto wide = q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  const int64_t extremes_size = args.softmax == sepllm::Softmax::kNormalised ? 2 : 0;
+  Tensor out = at::empty(q.sizes(), q.options().memory_format(at::MemoryFormat::Contiguous));
+  Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, wide);
+  Tensor extremes = at::empty({q.size(0), q.size(2), q.size(1), extremes_size}, wide);
+  Tensor extreme_keys = at::empty(extremes.sizes(), q.options().dtype(at::kInt));
   args.out = out.mutable_data_ptr();
   args.lse = lse.mutable_data_ptr();
+  args.extremes = extremes_size ? extremes.mutable_data_ptr() : nullptr;
+  args.extreme_keys = extremes_size ? extreme_keys.mutable_data_ptr<int32_t>() : nullptr;
   at::parallel_for(0, sepllm::attention_tasks(args), 1, [&](int64_t first, int64_t last) { sepllm::attention_forward(storage, args, first, last); });
-  return {out, lse};
+  return {out, lse, extremes, extreme_keys};
 }
 
 std::tuple<Tensor, Tensor, Tensor> sep_attention_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
-                                                          const Tensor& out, const Tensor& lse, const Tensor& index, const Tensor& far_lo,
-                                                          const Tensor& far_hi, const Tensor& band_lo, const Tensor& band_hi,
-                                                          const optional<Tensor>& slopes, const optional<Tensor>& query_positions,
-                                                          const optional<Tensor>& key_positions, double scale) {
-  const Inputs inputs = checked(q, k, v, index, far_lo, far_hi, band_lo, band_hi, slopes, query_positions, key_positions);
+                                                          const Tensor& index, const Tensor& far_lo, const Tensor& far_hi, const Tensor& band_lo,
+                                                          const Tensor& band_hi, const OptionalTensor& slopes, const OptionalTensor& query_positions,
+                                                          const OptionalTensor& key_positions, const OptionalTensor& extremes_lo,
+                                                          const OptionalTensor& extremes_hi, const Tensor& out, const Tensor& lse,
+                                                          const Tensor& extremes, const Tensor& extreme_keys, double scale, int64_t softmax,
+                                                          double numerator_bias, double denominator_bias) {
+  const Inputs inputs =
+      checked(q, k, v, index, far_lo, far_hi, band_lo, band_hi, slopes, query_positions, key_positions, extremes_lo, extremes_hi);
   const sepllm::Storage storage = storage_of(q);
   TORCH_CHECK_VALUE(grad_out.sizes() == q.sizes() && grad_out.scalar_type() == q.scalar_type(), "grad_out must be like q.");
   const Tensor grad = with_adjacent_heads(grad_out), saved = out.contiguous(), sums = lse.contiguous();
+  const Tensor scores = extremes.contiguous(), attaining = extreme_keys.contiguous();
   const auto like = [](const Tensor& x) { return at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::Contiguous)); };
   Tensor dq = like(q), dk = like(k), dv = like(v);
   sepllm::BackwardArgs args{};
-  inputs.fill(args, scale);
+  inputs.fill(args, scale, softmax, numerator_bias, denominator_bias);
+  check_range(attaining, 0, args.keys - 1, "extreme_keys");
   args.grad_out = grad.const_data_ptr();
   args.grad_out_strides = strides_of(grad);
   args.out = saved.const_data_ptr();
   args.lse = sums.const_data_ptr();
+  args.extremes = scores.numel() ? scores.const_data_ptr() : nullptr;
+  args.extreme_keys = scores.numel() ? attaining.const_data_ptr<int32_t>() : nullptr;
   args.dq = dq.mutable_data_ptr();
   args.dk = dk.mutable_data_ptr();
   args.dv = dv.mutable_data_ptr();
@@ -155,10 +190,13 @@ std::tuple<Tensor, Tensor, Tensor> sep_attention_backward(const Tensor& grad_out
 TORCH_LIBRARY_FRAGMENT(sepllm, m) {
   m.def(
       "sep_attention(Tensor q, Tensor k, Tensor v, Tensor index, Tensor far_lo, Tensor far_hi, Tensor band_lo, Tensor band_hi, Tensor? slopes, "
-      "Tensor? query_positions, Tensor? key_positions, float scale) -> (Tensor, Tensor)");
+      "Tensor? query_positions, Tensor? key_positions, Tensor? extremes_lo, Tensor? extremes_hi, float scale, int softmax, float numerator_bias, "
+      "float denominator_bias) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "sep_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor index, Tensor far_lo, Tensor far_hi, "
-      "Tensor band_lo, Tensor band_hi, Tensor? slopes, Tensor? query_positions, Tensor? key_positions, float scale) -> (Tensor, Tensor, Tensor)");
+      "sep_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor index, Tensor far_lo, Tensor far_hi, Tensor band_lo, "
+      "Tensor band_hi, Tensor? slopes, Tensor? query_positions, Tensor? key_positions, Tensor? extremes_lo, Tensor? extremes_hi, Tensor out, "
+      "Tensor lse, Tensor extremes, Tensor extreme_keys, float scale, int softmax, float numerator_bias, float denominator_bias) "
+      "-> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(sepllm, CPU, m) {

@@ -12,6 +12,11 @@
 //
 //   dp = V dO^T;  ds = p (dp - delta);  dq += ds^T K;  dk += ds Q;  dv += p dO.
 //
+// The self-adjust softmax (arXiv 2502.18277) weighs key j with p_j (s_j - m + eps_n) / (M - m), m = min(min s, 0) and
+// M = max(max s + eps_d, 0) + eps_d. So out = (sum p s v + (eps_n - m) sum p v) / (M - m): one pass with two sums; and with
+// delta = dO . out as ever, ds_j = p_j (dp_j (1 + s_j + eps_n - m) / (M - m) - delta), to which the key that attains the minimum adds
+// dO . (out - sum p v) / (M - m) and the one that attains the maximum -dO . out / (M - m). The raw kind is p_j s_j: m = eps_n, M - m = 1.
+//
 // All five products are `multiply` of simd.h, which broadcasts its left side, so that nothing but Q^T and dO^T is ever transposed. Within
 // a tile each product is cut to what its 8 rows need, in the band too. Far rows are gathered once per task, band rows copied per block
 // (that is where other dtypes become float).
@@ -35,7 +40,7 @@ namespace {
 constexpr int64_t kQueries = 64;  // queries of a block
 constexpr int64_t kKeys = 64;     // keys of a tile
 constexpr int64_t kRows = 8;      // keys, or queries, of one register tile
-constexpr double kLog2E = 1.4426950408889634;
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 // --- storage ------------------------------------------------------------------------------------------------------------------------
 
@@ -144,7 +149,10 @@ struct Side {
   Interval all, group[kGroups], interior[kGroups], tile[kTiles];  // interior: columns that every query of the group reads
   const T *k, *v, *positions;                                      // of column first
   T *dk, *dv;                                                       // likewise
+  const int32_t* index;                                             // key of each far column; null where a column is its key
   int64_t first;
+
+  Int key_of(int64_t column) const { return index == nullptr ? column : index[column]; }
 
   void set_bounds(const int32_t* from_lo, const int32_t* from_hi, int64_t count) {
     for (int64_t i = 0; i < kQueries; ++i) {
@@ -268,12 +276,18 @@ SEPLLM_INLINE void accumulate_keys(const Side<T>& side, int64_t start, int64_t e
 
 template <typename T>
 struct Block {
-  alignas(64) T scores[(kKeys + kRows) * kQueries], d_scores[(kKeys + kRows) * kQueries];
+  using Int = typename Simd<T>::Int;
+  alignas(64) T scores[(kKeys + kRows) * kQueries], others[(kKeys + kRows) * kQueries];  // others: p s in the forward, dp and ds in the backward
   alignas(64) T largest[kQueries], sum[kQueries], lse[kQueries], delta[kQueries], positions[kQueries];
   T slope;  // in base 2
+  // Of the self-adjust softmax: the extreme scores and the first keys that attain them.
+  alignas(64) T lowest[kQueries], highest[kQueries];
+  alignas(64) Int lowest_key[kQueries], highest_key[kQueries];
+  alignas(64) T slope_of_score[kQueries], offset_of_score[kQueries];  // weight = p (slope s + offset)
+  alignas(64) T grad_dot_mean[kQueries];                              // dO . sum p v
 };
 
-// Calls visit(row, bounds are needed, columns of the row in the tile) for each row of a vector of queries.
+// Calls plain(key) for the rows of a tile that every query of the group reads, and masked(key) for the others.
 template <typename T, typename Masked, typename Plain>
 SEPLLM_INLINE void each_row(const Side<T>& side, int64_t group, int64_t start, int64_t end, Masked masked, Plain plain) {
   const Interval rows = side.rows(group, start, end);
@@ -290,50 +304,82 @@ SEPLLM_INLINE IntVec<T> reads(int64_t key, IntVec<T> lo, IntVec<T> hi) {
   return (column >= lo) & (column < hi);
 }
 
-// Scores of a tile become weights relative to the running maxima; `rescale` is told the 8 * n queries whose maximum rose.
-template <typename T, bool kBias, typename Rescale>
+// ALiBi, in base 2.
+template <typename T>
+SEPLLM_INLINE void add_bias(const Side<T>& side, int64_t start, int64_t end, Block<T>& block) {
+  for (int64_t q = 0; q < kQueries; q += Simd<T>::kWidth) {
+    const Interval rows = side.rows(q / Side<T>::kGroup, start, end);
+    const Vec<T> position = load(block.positions + q);
+    for (int64_t key = rows.lo; key < rows.hi; ++key) {
+      T* at = block.scores + (key - start) * kQueries + q;
+      store(at, load(at) + block.slope * (side.positions[key - side.first] - position));
+    }
+  }
+}
+
+// Lowest and highest scores so far, and the first keys that attain them.
+template <typename T>
+SEPLLM_INLINE void find_extremes(const Side<T>& side, int64_t start, int64_t end, Block<T>& block) {
+  for (int64_t q = 0; q < kQueries; q += Simd<T>::kWidth) {
+    const Interval rows = side.rows(q / Side<T>::kGroup, start, end);
+    const IntVec<T> lo = load_int<T>(side.lo + q), hi = load_int<T>(side.hi + q);
+    Vec<T> lowest = load(block.lowest + q), highest = load(block.highest + q);
+    IntVec<T> lowest_key = load_int<T>(block.lowest_key + q), highest_key = load_int<T>(block.highest_key + q);
+    for (int64_t column = rows.lo; column < rows.hi; ++column) {
+      const Vec<T> x = load(block.scores + (column - start) * kQueries + q);
+      const IntVec<T> key = side.key_of(std::min(column, side.all.hi - 1)) - IntVec<T>{}, is_read = reads<T>(column, lo, hi);
+      const IntVec<T> is_lower = is_read & (x < lowest), is_higher = is_read & (x > highest);
+      lowest = is_lower ? x : lowest;
+      lowest_key = is_lower ? key : lowest_key;
+      highest = is_higher ? x : highest;
+      highest_key = is_higher ? key : highest_key;
+    }
+    store(block.lowest + q, lowest);
+    store(block.highest + q, highest);
+    std::memcpy(block.lowest_key + q, &lowest_key, sizeof(lowest_key));
+    std::memcpy(block.highest_key + q, &highest_key, sizeof(highest_key));
+  }
+}
+
+// Scores of a tile become weights relative to the running maxima; `rescale` is told of queries whose maximum rose.
+template <typename T, bool kAdjusts, typename Rescale>
 SEPLLM_INLINE void soften(const Side<T>& side, int64_t start, int64_t end, Block<T>& block, Rescale rescale) {
-  constexpr int64_t kWidth = Simd<T>::kWidth;
   const Vec<T> nothing = fill<T>(T(-1e30));
-  for (int64_t q = 0; q < kQueries; q += kWidth) {
+  for (int64_t q = 0; q < kQueries; q += Simd<T>::kWidth) {
     const int64_t group = q / Side<T>::kGroup;
     if (side.rows(group, start, end).is_empty()) continue;
     const IntVec<T> lo = load_int<T>(side.lo + q), hi = load_int<T>(side.hi + q);
-    T* scores = block.scores + q - start * kQueries;
-    const Vec<T> position = load(block.positions + q), before = load(block.largest + q);
+    T *scores = block.scores + q - start * kQueries, *others = block.others + q - start * kQueries;
+    const Vec<T> before = load(block.largest + q);
     Vec<T> largest = before;
-    const auto biased = [&](int64_t key) {
-      Vec<T> x = load(scores + key * kQueries);
-      if constexpr (kBias) {
-        x += block.slope * (side.positions[key - side.first] - position);
-        store(scores + key * kQueries, x);
-      }
-      return x;
-    };
     each_row(
         side, group, start, end,
         [&](int64_t key) {
-          Vec<T> x = biased(key);
+          Vec<T> x = load(scores + key * kQueries);
           x = reads<T>(key, lo, hi) ? x : nothing;
           largest = largest < x ? x : largest;
         },
         [&](int64_t key) {
-          const Vec<T> x = biased(key);
+          const Vec<T> x = load(scores + key * kQueries);
           largest = largest < x ? x : largest;
         });
     Vec<T> sum{};
+    const auto weigh = [&](int64_t key, Vec<T> x, Vec<T> p) {
+      store(scores + key * kQueries, p);
+      sum += p;
+      if constexpr (kAdjusts) store(others + key * kQueries, p * (x * T(kLn2)));
+    };
     each_row(
         side, group, start, end,
         [&](int64_t key) {
-          const Vec<T> p = exp2<T>(load(scores + key * kQueries) - largest);
-          const Vec<T> kept = reads<T>(key, lo, hi) ? p : Vec<T>{};
-          store(scores + key * kQueries, kept);
-          sum += kept;
+          Vec<T> x = load(scores + key * kQueries);
+          const IntVec<T> is_read = reads<T>(key, lo, hi);
+          x = is_read ? x : largest;
+          weigh(key, x, is_read ? exp2<T>(x - largest) : Vec<T>{});
         },
         [&](int64_t key) {
-          const Vec<T> p = exp2<T>(load(scores + key * kQueries) - largest);
-          store(scores + key * kQueries, p);
-          sum += p;
+          const Vec<T> x = load(scores + key * kQueries);
+          weigh(key, x, exp2<T>(x - largest));
         });
     if (std::memcmp(&largest, &before, sizeof(before)) != 0) {
       const Vec<T> factor = exp2<T>(before - largest);
@@ -345,33 +391,39 @@ SEPLLM_INLINE void soften(const Side<T>& side, int64_t start, int64_t end, Block
   }
 }
 
-// The backward's weights from the stored sums: scores -> p, d_scores = dp -> ds.
-template <typename T, bool kBias>
+// The backward's weights from the stored sums: scores -> what multiplies dO, others = dp -> ds.
+template <typename T, bool kAdjusts>
 SEPLLM_INLINE void soften_again(const Side<T>& side, int64_t start, int64_t end, Block<T>& block) {
-  constexpr int64_t kWidth = Simd<T>::kWidth;
-  for (int64_t q = 0; q < kQueries; q += kWidth) {
+  for (int64_t q = 0; q < kQueries; q += Simd<T>::kWidth) {
     const int64_t group = q / Side<T>::kGroup;
     const IntVec<T> lo = load_int<T>(side.lo + q), hi = load_int<T>(side.hi + q);
-    T *scores = block.scores + q - start * kQueries, *d_scores = block.d_scores + q - start * kQueries;
-    const Vec<T> lse = load(block.lse + q), delta = load(block.delta + q), position = load(block.positions + q);
-    const auto weight = [&](int64_t key) {
-      Vec<T> x = load(scores + key * kQueries);
-      if constexpr (kBias) x += block.slope * (side.positions[key - side.first] - position);
-      return exp2<T>(x - lse);
+    T *scores = block.scores + q - start * kQueries, *others = block.others + q - start * kQueries;
+    const Vec<T> lse = load(block.lse + q), delta = load(block.delta + q);
+    const Vec<T> slope = load(block.slope_of_score + q), offset = load(block.offset_of_score + q);
+    Vec<T> grad_dot_mean{};
+    const auto weigh = [&](int64_t key, Vec<T> p) {
+      const Vec<T> dp = load(others + key * kQueries);
+      if constexpr (kAdjusts) {
+        const Vec<T> factor = slope * load(scores + key * kQueries) * T(kLn2) + offset;
+        const Vec<T> weight = p * factor;
+        grad_dot_mean += p * dp;
+        store(others + key * kQueries, p * (dp * (factor + slope) - delta));
+        store(scores + key * kQueries, weight);
+      } else {
+        store(others + key * kQueries, p * (dp - delta));
+        store(scores + key * kQueries, p);
+      }
     };
     each_row(
         side, group, start, end,
         [&](int64_t key) {
-          const Vec<T> p = reads<T>(key, lo, hi) ? weight(key) : Vec<T>{};
-          const Vec<T> ds = reads<T>(key, lo, hi) ? p * (load(d_scores + key * kQueries) - delta) : Vec<T>{};
-          store(scores + key * kQueries, p);
-          store(d_scores + key * kQueries, ds);
+          const IntVec<T> is_read = reads<T>(key, lo, hi);
+          const Vec<T> x = load(scores + key * kQueries);
+          if constexpr (kAdjusts) store(scores + key * kQueries, is_read ? x : Vec<T>{});
+          weigh(key, is_read ? exp2<T>(x - lse) : Vec<T>{});
         },
-        [&](int64_t key) {
-          const Vec<T> p = weight(key);
-          store(scores + key * kQueries, p);
-          store(d_scores + key * kQueries, p * (load(d_scores + key * kQueries) - delta));
-        });
+        [&](int64_t key) { weigh(key, exp2<T>(load(scores + key * kQueries) - lse)); });
+    if constexpr (kAdjusts) store(block.grad_dot_mean + q, load(block.grad_dot_mean + q) + grad_dot_mean);
   }
 }
 
@@ -422,20 +474,26 @@ class Rows {
         task_(task),
         row_size_(padded<T>(args.head_size)),
         far_hull_(bounds(args.far_lo, args.far_hi)),
-        longest_band_(longest_band()),
+        longest_band_(longest(args.band_lo, args.band_hi)),
         far_(2 * (far_hull_.hi - far_hull_.lo + kRows) * row_size_),
+        longest_causal_(args.extremes_lo == nullptr ? 0 : longest(args.extremes_lo, args.extremes_hi)),
         band_(2 * (longest_band_ + kRows) * row_size_),
-        positions_(far_hull_.hi - far_hull_.lo + kRows + longest_band_ + kRows) {
+        causal_((longest_causal_ + kRows) * row_size_),
+        positions_(far_hull_.hi - far_hull_.lo + longest_band_ + longest_causal_ + 3 * kRows) {
     far.k = far_.data();
     far.v = far.k + (far_hull_.hi - far_hull_.lo + kRows) * row_size_;
     far.first = far_hull_.lo;
     far.positions = positions_.data();
     band.k = band_.data();
     band.v = band.k + (longest_band_ + kRows) * row_size_;
-    band.positions = positions_.data() + (far_hull_.hi - far_hull_.lo + kRows);
-    const int32_t* index = args.index + task.row * args.far_columns;
+    band.positions = far.positions + (far_hull_.hi - far_hull_.lo + kRows);
+    causal.k = causal_.data();
+    causal.v = nullptr;
+    causal.positions = band.positions + (longest_band_ + kRows);
+    far.index = args.index + task.row * args.far_columns;
+    band.index = causal.index = nullptr;
     const int64_t at = task.row * args.queries + task.first_query, count = task.last_query - task.first_query;
-    fill(far_hull_, args.far_lo + at, args.far_hi + at, count, far, [index](int64_t c) { return index[c]; });
+    fill(far_hull_, args.far_lo + at, args.far_hi + at, count, far);
   }
 
   void start_block(int64_t first_query, int64_t count) {
@@ -443,11 +501,14 @@ class Rows {
     far.set_bounds(args_.far_lo + at, args_.far_hi + at, count);
     band.set_bounds(args_.band_lo + at, args_.band_hi + at, count);
     band.first = band.all.lo;
-    fill(band.all, args_.band_lo + at, args_.band_hi + at, count, band, [](int64_t j) { return j; });
+    fill(band.all, args_.band_lo + at, args_.band_hi + at, count, band);
+    if (args_.extremes_lo == nullptr) return;
+    causal.set_bounds(args_.extremes_lo + at, args_.extremes_hi + at, count);
+    causal.first = causal.all.lo;
+    fill(causal.all, args_.extremes_lo + at, args_.extremes_hi + at, count, causal);
   }
 
-  Interval far_hull() const { return far_hull_; }
-  Side<T> far, band;
+  Side<T> far, band, causal;  // causal: the keys whose scores are looked at for their extremes only
 
  private:
   Interval bounds(const int32_t* lo, const int32_t* hi) const {
@@ -455,31 +516,31 @@ class Rows {
     return hull(lo + at, hi + at, task_.last_query - task_.first_query);
   }
 
-  int64_t longest_band() const {
+  int64_t longest(const int32_t* lo, const int32_t* hi) const {
     int64_t longest = 0;
     for (int64_t q = task_.first_query; q < task_.last_query; q += kQueries) {
       const int64_t at = task_.row * args_.queries + q;
-      const Interval all = hull(args_.band_lo + at, args_.band_hi + at, std::min(kQueries, task_.last_query - q));
+      const Interval all = hull(lo + at, hi + at, std::min(kQueries, task_.last_query - q));
       longest = std::max(longest, all.hi - all.lo);
     }
     return longest;
   }
 
-  template <typename KeyOf>
-  void fill(Interval columns, const int32_t* lo, const int32_t* hi, int64_t queries, const Side<T>& side, KeyOf key_of) {
+  void fill(Interval columns, const int32_t* lo, const int32_t* hi, int64_t queries, const Side<T>& side) {
+    const bool has_values = side.v != nullptr;
     T *k = const_cast<T*>(side.k) - columns.lo * row_size_, *v = const_cast<T*>(side.v) - columns.lo * row_size_;
     T* positions = const_cast<T*>(side.positions) - columns.lo;
     const S* from_k = static_cast<const S*>(args_.k) + task_.row * args_.k_strides.batch + task_.kv_head * args_.k_strides.head;
     const S* from_v = static_cast<const S*>(args_.v) + task_.row * args_.v_strides.batch + task_.kv_head * args_.v_strides.head;
     const auto clear = [&](int64_t c) {
       std::fill_n(k + c * row_size_, row_size_, T(0));
-      std::fill_n(v + c * row_size_, row_size_, T(0));
+      if (has_values) std::fill_n(v + c * row_size_, row_size_, T(0));
       positions[c] = 0;
     };
     const auto copy = [&](int64_t c) {
-      const int64_t key = key_of(c);
+      const int64_t key = side.key_of(c);
       copy_row(from_k + key * args_.k_strides.token, args_.head_size, row_size_, k + c * row_size_);
-      copy_row(from_v + key * args_.v_strides.token, args_.head_size, row_size_, v + c * row_size_);
+      if (has_values) copy_row(from_v + key * args_.v_strides.token, args_.head_size, row_size_, v + c * row_size_);
       positions[c] = args_.key_positions == nullptr ? T(0) : static_cast<T>(args_.key_positions[task_.row * args_.keys + key]);
     };
     copy_read_columns(columns, lo, hi, queries, copy, clear);
@@ -491,7 +552,9 @@ class Rows {
   int64_t row_size_;
   Interval far_hull_;
   int64_t longest_band_;
-  Buffer<T> far_, band_, positions_;
+  Buffer<T> far_;
+  int64_t longest_causal_;
+  Buffer<T> band_, causal_, positions_;
 };
 
 template <typename S, typename T>
@@ -509,14 +572,41 @@ void set_bias(const AttentionArgs& args, const Task& task, int64_t head, int64_t
     block.positions[q] = args.slopes != nullptr && q < count ? static_cast<T>(args.query_positions[task.row * args.queries + first + q]) : T(0);
 }
 
-// kRowSize: the padded head size where it is known to the compiler, else 0.
-template <typename S, int64_t kRowSize, bool kBias>
+// Scores of one tile, in base 2, into block.scores.
+template <typename T>
+SEPLLM_INLINE void score_tile(const Side<T>& side, int64_t start, int64_t end, int64_t row_size, const T* transposed, bool has_bias, Block<T>& block) {
+  score<T>(side, start, end, side.k, row_size, transposed, block.scores);
+  if (has_bias) add_bias<T>(side, start, end, block);
+}
+
+template <typename T>
+SEPLLM_INLINE void multiply_row(T* row, int64_t row_size, T factor) {
+  for (int64_t h = 0; h < row_size; ++h) row[h] *= factor;
+}
+
+// weight = p (slope s + offset), from the extremes of query i in natural units.
+template <typename T>
+void set_adjustment(const AttentionArgs& args, T lowest, T highest, bool reads_nothing, int64_t i, Block<T>& block) {
+  block.lowest[i] = lowest;
+  block.highest[i] = highest;
+  T slope = 1, offset = 0;
+  if (args.softmax == Softmax::kNormalised) {
+    const T low = std::min(lowest, T(0)), bias = static_cast<T>(args.denominator_bias), high = std::max(highest + bias, T(0)) + bias;
+    slope = 1 / (high - low);
+    offset = (static_cast<T>(args.numerator_bias) - low) * slope;
+  }
+  block.slope_of_score[i] = reads_nothing ? T(0) : slope;
+  block.offset_of_score[i] = reads_nothing ? T(0) : offset;
+}
+
+// kRowSize: the padded head size where it is known to the compiler, else 0. kAdjusts: not the standard softmax.
+template <typename S, int64_t kRowSize, bool kAdjusts>
 void forward_task(const ForwardArgs& args, const Task& task) {
   using T = typename ComputedIn<S>::Type;
-  constexpr int64_t kWidth = Simd<T>::kWidth;
   const int64_t row_size = kRowSize ? kRowSize : padded<T>(args.head_size), groups = args.heads / args.kv_heads;
+  const bool has_bias = args.slopes != nullptr, has_extremes = kAdjusts && args.softmax == Softmax::kNormalised;
   Rows<S, T> rows(args, task);
-  Buffer<T> q(kQueries * row_size), transposed(kQueries * row_size), out(kQueries * row_size);
+  Buffer<T> q(kQueries * row_size), transposed(kQueries * row_size), out(kQueries * row_size), scored(kAdjusts ? kQueries * row_size : 0);
   const auto block = std::make_unique<Block<T>>();
   for (int64_t first = task.first_query; first < task.last_query; first += kQueries) {
     const int64_t count = std::min(kQueries, task.last_query - first);
@@ -528,22 +618,51 @@ void forward_task(const ForwardArgs& args, const Task& task) {
       std::fill_n(block->largest, kQueries, T(-1e30));
       std::fill_n(block->sum, kQueries, T(0));
       std::fill_n(out.data(), kQueries * row_size, T(0));
+      if constexpr (kAdjusts) {
+        std::fill_n(scored.data(), kQueries * row_size, T(0));
+        std::fill_n(block->lowest, kQueries, T(1e30));
+        std::fill_n(block->highest, kQueries, T(-1e30));
+        std::fill_n(block->lowest_key, kQueries, 0);
+        std::fill_n(block->highest_key, kQueries, 0);
+      }
+      if (has_extremes && args.extremes_lo != nullptr)
+        for (int64_t start = rows.causal.all.lo; start < rows.causal.all.hi; start += kKeys) {
+          const int64_t end = std::min(rows.causal.all.hi, start + kKeys);
+          score_tile<T>(rows.causal, start, end, row_size, transposed.data(), has_bias, *block);
+          find_extremes<T>(rows.causal, start, end, *block);
+        }
       for (const Side<T>* side : {&rows.far, &rows.band})
         for (int64_t start = side->all.lo; start < side->all.hi; start += kKeys) {
           const int64_t end = std::min(side->all.hi, start + kKeys);
-          score<T>(*side, start, end, side->k, row_size, transposed.data(), block->scores);
-          soften<T, kBias>(*side, start, end, *block, [&](int64_t query, Vec<T> factor) {
-            for (int64_t i = 0; i < kWidth; ++i)
-              for (int64_t h = 0; h < row_size; ++h) out.data()[(query + i) * row_size + h] *= factor[i];
+          score_tile<T>(*side, start, end, row_size, transposed.data(), has_bias, *block);
+          if (has_extremes && args.extremes_lo == nullptr) find_extremes<T>(*side, start, end, *block);
+          soften<T, kAdjusts>(*side, start, end, *block, [&](int64_t query, Vec<T> factor) {
+            for (int64_t i = 0; i < Simd<T>::kWidth; ++i) {
+              multiply_row<T>(out.data() + (query + i) * row_size, row_size, factor[i]);
+              if constexpr (kAdjusts) multiply_row<T>(scored.data() + (query + i) * row_size, row_size, factor[i]);
+            }
           });
-          accumulate_queries<T>(*side, start, end, block->scores, side->v, row_size, out.data());
+          if (!kAdjusts || has_extremes) accumulate_queries<T>(*side, start, end, block->scores, side->v, row_size, out.data());
+          if constexpr (kAdjusts) accumulate_queries<T>(*side, start, end, block->others, side->v, row_size, scored.data());
         }
       for (int64_t i = 0; i < count; ++i) {
-        const T sum = block->sum[i], factor = sum > 0 || sum != sum ? 1 / sum : T(0);
+        const T sum = block->sum[i], factor = sum == 0 ? T(0) : 1 / sum;
+        const int64_t at = (task.row * args.heads + head) * args.queries + first + i;
+        T* row = out.data() + i * row_size;
+        if constexpr (kAdjusts) {
+          set_adjustment<T>(args, block->lowest[i] * T(kLn2), block->highest[i] * T(kLn2), sum == 0, i, *block);
+          const T* scored_row = scored.data() + i * row_size;
+          for (int64_t h = 0; h < row_size; ++h) row[h] = block->slope_of_score[i] * scored_row[h] + block->offset_of_score[i] * row[h];
+          if (has_extremes) {
+            static_cast<T*>(args.extremes)[2 * at] = block->lowest[i];
+            static_cast<T*>(args.extremes)[2 * at + 1] = block->highest[i];
+            args.extreme_keys[2 * at] = static_cast<int32_t>(block->lowest_key[i]);
+            args.extreme_keys[2 * at + 1] = static_cast<int32_t>(block->highest_key[i]);
+          }
+        }
         S* to = static_cast<S*>(args.out) + ((task.row * args.queries + first + i) * args.heads + head) * args.head_size;
-        for (int64_t h = 0; h < args.head_size; ++h) narrow(out.data()[i * row_size + h] * factor, to + h);
-        static_cast<T*>(args.lse)[(task.row * args.heads + head) * args.queries + first + i] =
-            sum == 0 ? std::numeric_limits<T>::infinity() : block->largest[i] + std::log2(sum);
+        for (int64_t h = 0; h < args.head_size; ++h) narrow(row[h] * factor, to + h);
+        static_cast<T*>(args.lse)[at] = sum == 0 ? std::numeric_limits<T>::infinity() : block->largest[i] + std::log2(sum);
       }
     }
   }
@@ -558,6 +677,7 @@ struct Slab {
   Slab(const BackwardArgs& args, const Task& task) {
     const int64_t at = task.row * args.queries + task.first_query, count = task.last_query - task.first_query;
     band = hull(args.band_lo + at, args.band_hi + at, count);
+    if (args.softmax == Softmax::kNormalised) band = {0, args.keys};  // any key may have attained an extreme
     far = hull(args.far_lo + at, args.far_hi + at, count);
     const int64_t size = rows(args) * padded<T>(args.head_size);
     const int64_t number = (task.row * args.kv_heads + task.kv_head) * args.segments + task.segment;
@@ -570,10 +690,51 @@ struct Slab {
   static int64_t rows(const AttentionArgs& args) { return args.keys + args.far_columns + 2 * kRows; }
 };
 
-template <typename S, int64_t kRowSize, bool kBias>
+// What the forward left for the backward of these queries: logarithms of the sums, dO . out, extremes.
+template <typename S, typename T>
+void set_saved(const BackwardArgs& args, const Task& task, int64_t head, int64_t first, int64_t count, const T* grad_out, int64_t row_size,
+               Block<T>& block) {
+  for (int64_t i = 0; i < kQueries; ++i) block.lse[i] = block.delta[i] = block.grad_dot_mean[i] = block.slope_of_score[i] = block.offset_of_score[i] = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t at = (task.row * args.heads + head) * args.queries + first + i;
+    const S* out = static_cast<const S*>(args.out) + ((task.row * args.queries + first + i) * args.heads + head) * args.head_size;
+    const T lse = static_cast<const T*>(args.lse)[at];
+    T delta = 0;
+    for (int64_t h = 0; h < args.head_size; ++h) delta += grad_out[i * row_size + h] * widen(out[h]);
+    block.lse[i] = lse;
+    block.delta[i] = delta;
+    if (args.softmax == Softmax::kStandard) continue;
+    const T* extremes = static_cast<const T*>(args.extremes) + (args.extremes == nullptr ? 0 : 2 * at);
+    const bool has_extremes = args.softmax == Softmax::kNormalised;
+    set_adjustment<T>(args, has_extremes ? extremes[0] : T(0), has_extremes ? extremes[1] : T(0), lse == std::numeric_limits<T>::infinity(), i, block);
+  }
+}
+
+// What the keys that attained a query's extremes owe to it: a rank-one part of dq and dk.
+template <typename S, typename T>
+void add_extremes(const BackwardArgs& args, const Task& task, int64_t head, int64_t first, int64_t count, const Block<T>& block, const Slab<T>& slab,
+                  int64_t row_size, const T* q, T* dq) {
+  const S* k = static_cast<const S*>(args.k) + task.row * args.k_strides.batch + task.kv_head * args.k_strides.head;
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t* keys = args.extreme_keys + 2 * ((task.row * args.heads + head) * args.queries + first + i);
+    const T slope = block.slope_of_score[i];
+    const auto owe = [&](int64_t key, T gradient) {
+      T* dk = slab.dk + key * row_size;
+      for (int64_t h = 0; h < args.head_size; ++h) {
+        dq[i * row_size + h] += gradient * widen(k[key * args.k_strides.token + h]);
+        dk[h] += gradient * q[i * row_size + h];
+      }
+    };
+    if (slope != 0 && block.lowest[i] < 0) owe(keys[0], (block.delta[i] - block.grad_dot_mean[i]) * slope);
+    if (slope != 0 && block.highest[i] + static_cast<T>(args.denominator_bias) > 0) owe(keys[1], -block.delta[i] * slope);
+  }
+}
+
+template <typename S, int64_t kRowSize, bool kAdjusts>
 void backward_task(const BackwardArgs& args, const Task& task) {
   using T = typename ComputedIn<S>::Type;
   const int64_t row_size = kRowSize ? kRowSize : padded<T>(args.head_size), groups = args.heads / args.kv_heads;
+  const bool has_bias = args.slopes != nullptr, has_extremes = kAdjusts && args.softmax == Softmax::kNormalised;
   Rows<S, T> rows(args, task);
   Slab<T> slab(args, task);
   std::fill_n(slab.dk, slab.used(row_size), T(0));
@@ -594,24 +755,18 @@ void backward_task(const BackwardArgs& args, const Task& task) {
       transpose_rows<T>(q.data(), row_size, static_cast<T>(args.scale * kLog2E), q_transposed.data());
       transpose_rows<T>(grad_out.data(), row_size, T(1), grad_transposed.data());
       set_bias(args, task, head, first, count, *block);
-      for (int64_t i = 0; i < kQueries; ++i) block->lse[i] = block->delta[i] = 0;
-      for (int64_t i = 0; i < count; ++i) {
-        block->lse[i] = static_cast<const T*>(args.lse)[(task.row * args.heads + head) * args.queries + first + i];
-        const S* out = static_cast<const S*>(args.out) + ((task.row * args.queries + first + i) * args.heads + head) * args.head_size;
-        T delta = 0;
-        for (int64_t h = 0; h < args.head_size; ++h) delta += grad_out.data()[i * row_size + h] * widen(out[h]);
-        block->delta[i] = delta;
-      }
+      set_saved<S, T>(args, task, head, first, count, grad_out.data(), row_size, *block);
       std::fill_n(dq.data(), kQueries * row_size, T(0));
       for (const Side<T>* side : {&rows.far, &rows.band})
         for (int64_t start = side->all.lo; start < side->all.hi; start += kKeys) {
           const int64_t end = std::min(side->all.hi, start + kKeys);
-          score<T>(*side, start, end, side->k, row_size, q_transposed.data(), block->scores);
-          score<T>(*side, start, end, side->v, row_size, grad_transposed.data(), block->d_scores);
-          soften_again<T, kBias>(*side, start, end, *block);
-          accumulate_queries<T>(*side, start, end, block->d_scores, side->k, row_size, dq.data());
-          accumulate_keys<T>(*side, start, end, block->d_scores, block->scores, q.data(), grad_out.data(), row_size);
+          score_tile<T>(*side, start, end, row_size, q_transposed.data(), has_bias, *block);
+          score<T>(*side, start, end, side->v, row_size, grad_transposed.data(), block->others);
+          soften_again<T, kAdjusts>(*side, start, end, *block);
+          accumulate_queries<T>(*side, start, end, block->others, side->k, row_size, dq.data());
+          accumulate_keys<T>(*side, start, end, block->others, block->scores, q.data(), grad_out.data(), row_size);
         }
+      if (has_extremes) add_extremes<S, T>(args, task, head, first, count, *block, slab, row_size, q.data(), dq.data());
       for (int64_t i = 0; i < count; ++i) {
         S* to = static_cast<S*>(args.dq) + ((task.row * args.queries + first + i) * args.heads + head) * args.head_size;
         for (int64_t h = 0; h < args.head_size; ++h) narrow(dq.data()[i * row_size + h] * static_cast<T>(args.scale), to + h);
@@ -661,7 +816,7 @@ void forward_tasks(const ForwardArgs& args, int64_t first, int64_t last) {
   const int64_t row_size = padded<T>(args.head_size);
   for (int64_t number = first; number < last; ++number) {
     const Task task = task_of(args, number);
-    if (args.slopes != nullptr)
+    if (args.softmax != Softmax::kStandard)
       forward_task<S, 0, true>(args, task);
     else if (row_size == 64)
       forward_task<S, 64, false>(args, task);
@@ -676,7 +831,7 @@ void backward_tasks(const BackwardArgs& args, int64_t first, int64_t last) {
   const int64_t row_size = padded<T>(args.head_size);
   for (int64_t number = first; number < last; ++number) {
     const Task task = task_of(args, number);
-    if (args.slopes != nullptr)
+    if (args.softmax != Softmax::kStandard)
       backward_task<S, 0, true>(args, task);
     else if (row_size == 64)
       backward_task<S, 64, false>(args, task);

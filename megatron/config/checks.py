@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from megatron.config.keys import KEYS, Confirmed
 from megatron.config.schema import Config
 from megatron.config.settings import Mistake, Settings, Unreadable
-from sepllm.pattern import SelfAdjust
 
 _SPLITS = ("train", "valid", "test")
 _DENSE_TYPES = ("global", "flash")
@@ -53,12 +52,7 @@ def check_startable(config: Config, *, has_fp16: bool) -> list[str]:
     return reasons
 
 
-def _has_self_adjust(config: Config) -> bool:
-    return isinstance(config.attention.prefill.softmax, SelfAdjust)
-
-
 NOT_BUILT_YET: tuple[tuple[Callable[[Config], bool], str], ...] = (
-    (_has_self_adjust, "USE_SA_SOFTMAX and USE_SA_SOFTMAX_NO_DENO: the self-adjust softmax is not built yet."),
     (lambda config: config.model.use_bipe, "USE_BiPE: bilevel positions are not built into the model yet."),
     (lambda config: config.model.pos_emb == "rpe", "pos_emb rpe: relative position buckets are not built yet."),
     (lambda config: config.model.use_mup, "use_mup: muP is not built yet."),

@@ -9,19 +9,10 @@ import torch
 from torch import Tensor
 
 from sepllm.layout import KeyRanges
+from sepllm.ops.attention_reference import Bias
 from sepllm.pattern import Softmax
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PositionBias:
-    """ALiBi: ``-slope * (query position - key position)`` added to each score."""
-
-    slopes: Tensor
-    """``[N]`` float, of the heads at hand"""
-    query_positions: Tensor
-    """``[B, T]``"""
-    key_positions: Tensor
-    """``[B, S]``"""
+PositionBias = Bias
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

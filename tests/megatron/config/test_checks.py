@@ -78,7 +78,6 @@ def test_global_and_flash_layers_are_the_same(config: object, resolve: Resolve) 
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"USE_SA_SOFTMAX": True}, "self-adjust softmax"),
         ({**SEPLLM, "USE_BiPE": True, "BiPE_seps": [5]}, "USE_BiPE"),
         ({"pos-emb": "rpe"}, "pos_emb rpe"),
         ({"use_mup": True}, "use_mup"),

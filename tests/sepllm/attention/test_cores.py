@@ -18,7 +18,7 @@ from torch import Tensor
 from sepllm.attention import AttentionSpec, PositionBias, attend, choose_core, core_names
 from sepllm.attention.registry import spec_of
 from sepllm.layout import KeyRanges, TokenLayout, key_ranges
-from sepllm.pattern import AttentionPattern, Standard
+from sepllm.pattern import AttentionPattern, SelfAdjust, Softmax, Standard
 
 Definition = Callable[..., Tensor]
 
@@ -52,7 +52,7 @@ def ragged_ids(length: int) -> Tensor:
     return torch.where(is_separator, torch.randint(1, 3, (4, length)), torch.randint(4, 50, (4, length)))
 
 
-def by_definition(inputs: Inputs, reads: Tensor, *, scale: float, bias: Tensor | None = None) -> Tensor:
+def by_definition(inputs: Inputs, reads: Tensor, *, scale: float, bias: Tensor | None = None, softmax: Softmax = Standard()) -> Tensor:
     """Softmax over exactly the keys read; zero for a query that reads none. ``reads [B, T, S]``."""
     group = inputs.q.shape[2] // inputs.k.shape[2]
     heads = []
@@ -64,21 +64,38 @@ def by_definition(inputs: Inputs, reads: Tensor, *, scale: float, bias: Tensor |
         if bias is not None:
             scores = scores + bias[:, head]
         weights = torch.where(reads, (scores - scores.detach().amax(2, keepdim=True)).exp(), 0)
-        heads.append(weights @ v / weights.sum(2, keepdim=True).clamp(min=1e-300))
+        weights = weights / weights.sum(2, keepdim=True).clamp(min=1e-300)
+        if isinstance(softmax, SelfAdjust):
+            weights = weights * self_adjusted(scores, reads, softmax)
+        heads.append(weights @ v)
     return torch.stack(heads, 2)
 
 
-def assert_core_is_right(core: str, inputs: Inputs, ranges: KeyRanges, reads: Tensor, *, bias: PositionBias | None = None) -> None:
+def self_adjusted(scores: Tensor, reads: Tensor, softmax: SelfAdjust) -> Tensor:
+    """What arXiv 2502.18277 multiplies each weight with, one query at a time."""
+    if softmax.kind == "raw":
+        return scores
+    rows = []
+    for row, row_reads in zip(scores.flatten(0, 1), reads.flatten(0, 1), strict=True):
+        read = row[row_reads] if bool(row_reads.any()) else row.new_ones(1)
+        low, high = min(read.min(), row.new_zeros(())), max(read.max() + softmax.denominator_bias, row.new_zeros(())) + softmax.denominator_bias
+        rows.append((row - low + softmax.numerator_bias) / (high - low))
+    return torch.stack(rows).view_as(scores)
+
+
+def assert_core_is_right(
+    core: str, inputs: Inputs, ranges: KeyRanges, reads: Tensor, *, bias: PositionBias | None = None, softmax: Softmax = Standard()
+) -> None:
     """Outputs and the gradients of q, k and v, or the declared refusal."""
     scale = 1 / math.sqrt(HEAD_SIZE)
     ours, theirs = inputs.leaves(), inputs.leaves()
-    reason = refusal(core, spec_of(inputs.q, ranges, softmax=Standard(), bias=bias, dropout=0.0))
+    reason = refusal(core, spec_of(inputs.q, ranges, softmax=softmax, bias=bias, needs_grad=True))
     if reason is not None:
         with pytest.raises(ValueError, match=re.escape(f"{core}: {reason}")):
-            attend(ours.q, ours.k, ours.v, ranges, scale=scale, core=core, bias=bias)
+            attend(ours.q, ours.k, ours.v, ranges, scale=scale, core=core, bias=bias, softmax=softmax)
         return
-    out = attend(ours.q, ours.k, ours.v, ranges, scale=scale, core=core, bias=bias)
-    expected = by_definition(theirs, reads, scale=scale, bias=None if bias is None else dense_bias(bias))
+    out = attend(ours.q, ours.k, ours.v, ranges, scale=scale, core=core, bias=bias, softmax=softmax)
+    expected = by_definition(theirs, reads, scale=scale, bias=None if bias is None else dense_bias(bias), softmax=softmax)
     assert out.shape == inputs.q.shape
     assert out.dtype == inputs.q.dtype
     torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-10, msg=lambda text: f"out: {text}")
@@ -128,7 +145,7 @@ def test_batch_without_far_keys_or_with_nothing_else(core: str, window: int, tok
     ids = torch.full((2, 66), token)
     pattern = AttentionPattern(separator_ids=SEPARATORS, windows=(window,))
     ranges = TokenLayout.from_ids(ids, pattern).ranges(0)
-    assert ranges.index.shape[1] == (66 if token == 1 else 0)
+    assert ranges.index.shape[1] == (128 if token == 1 else 64)  # whole steps of 64, at least one: shapes repeat from batch to batch
     assert_core_is_right(core, random_inputs(2, 66, 66), ranges, definition(ids, pattern))
 
 
@@ -144,7 +161,7 @@ def test_padding_reads_nothing_and_is_read_by_nobody(core: str, window: int, pad
     ranges = TokenLayout.from_ids(ids, pattern, attention_mask=mask).ranges(0)
     inputs = random_inputs(4, length, length)
     assert_core_is_right(core, inputs, ranges, definition(ids, pattern, attention_mask=mask))
-    if refusal(core, spec_of(inputs.q, ranges, softmax=Standard(), bias=None, dropout=0.0)) is None:
+    if refusal(core, spec_of(inputs.q, ranges, needs_grad=True)) is None:
         out = attend(inputs.q, inputs.k, inputs.v, ranges, scale=1.0, core=core)
         assert not out[~mask.bool()].any()
 
@@ -268,7 +285,7 @@ def test_error_in_half_precision_is_at_most_twice_that_of_the_dense_core(core: s
     pattern = AttentionPattern(initial_tokens=3, separator_ids=SEPARATORS, windows=(window,))
     ranges = TokenLayout.from_ids(ids, pattern).ranges(0)
     exact = random_inputs(4, 130, 130, dtype=dtype)
-    if refusal(core, spec_of(exact.q, ranges, softmax=Standard(), bias=None, dropout=0.0)) is not None:
+    if refusal(core, spec_of(exact.q, ranges, needs_grad=True)) is not None:
         assert_core_is_right(core, exact, ranges, definition(ids, pattern))
         return
     results: dict[str, list[Tensor]] = {}
@@ -297,3 +314,55 @@ def test_core_refuses_or_computes_dropout(core: str) -> None:
     total = attend(inputs.q * 0, inputs.k, torch.ones_like(inputs.v), ranges, scale=1.0, core=core, dropout=0.5)[:, -1]
     assert total.std() > 0
     assert abs(total.mean().item() - 1) < 0.1
+
+
+@pytest.mark.parametrize("length", [300, 2048])
+def test_long_texts_agree_with_the_dense_core(core: str, length: int) -> None:
+    """The definition takes loops over pairs; `dense` has been compared with it above."""
+    ids = ragged_ids(length)[:1]
+    ranges = TokenLayout.from_ids(ids, AttentionPattern(initial_tokens=3, separator_ids=SEPARATORS, windows=(64,))).ranges(0)
+    exact = random_inputs(1, length, length, heads=(2, 1))
+    if refusal(core, spec_of(exact.q, ranges, needs_grad=True)) is not None:
+        return  # the refusal itself is checked by the shorter texts
+    results: dict[str, list[Tensor]] = {}
+    for name in ("dense", core):
+        inputs = exact.leaves()
+        out = attend(inputs.q, inputs.k, inputs.v, ranges, scale=0.35, core=name)
+        (out * torch.linspace(-1, 1, HEAD_SIZE)).sum().backward()
+        results[name] = [out.detach(), *(tensor.grad for tensor in (inputs.q, inputs.k, inputs.v))]
+    for what, dense, ours in zip(("out", "dq", "dk", "dv"), results["dense"], results[core], strict=True):
+        torch.testing.assert_close(ours, dense, rtol=1e-9, atol=1e-10, msg=lambda text, what=what: f"{what}: {text}")
+
+
+SELF_ADJUSTS = (SelfAdjust(kind="raw"), SelfAdjust(kind="normalised", numerator_bias=1e-3, denominator_bias=1e-2))
+
+
+@pytest.mark.parametrize("softmax", SELF_ADJUSTS, ids=lambda softmax: softmax.kind)
+@pytest.mark.parametrize("window", [4, 200])
+def test_self_adjust_softmax_is_the_definition_under_any_pattern(core: str, window: int, softmax: SelfAdjust, definition: Definition) -> None:
+    ids = ragged_ids(66)
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    pattern = AttentionPattern(initial_tokens=2, separator_ids=SEPARATORS, windows=(window,), softmax=softmax)
+    ranges = TokenLayout.from_ids(ids, pattern, attention_mask=mask).ranges(0)
+    assert_core_is_right(core, random_inputs(4, 66, 66), ranges, definition(ids, pattern, attention_mask=mask), softmax=softmax)
+
+
+@pytest.mark.parametrize("new", [1, 5])
+def test_extremes_may_run_over_all_causal_keys(core: str, new: int) -> None:
+    """The reference's reading: they are those of plain causal attention, whatever the pattern hides."""
+    ids = ragged_ids(66)
+    over_causal = SelfAdjust(kind="normalised", denominator_bias=1e-2, extremes="causal")
+    sparse = AttentionPattern(initial_tokens=2, separator_ids=SEPARATORS, windows=(4,), softmax=over_causal)
+    ranges = TokenLayout.from_ids(ids[:, :-new], sparse).extend(ids[:, -new:]).ranges(0)
+    inputs = random_inputs(4, new, 66)
+    if refusal(core, spec_of(inputs.q, ranges, softmax=over_causal)) is not None:
+        return
+    ours = attend(inputs.q, inputs.k, inputs.v, ranges, scale=0.3, core=core, softmax=over_causal)
+    causal = torch.arange(66 - new, 66)[:, None] >= torch.arange(66)
+    scores = torch.einsum("btnh,bsnh->bnts", inputs.q, inputs.k.repeat_interleave(2, 2)) * 0.3
+    reads = ranges.dense()[:, None]
+    low = scores.masked_fill(~causal, 0).amin(-1, keepdim=True)
+    high = (scores.masked_fill(~causal, -math.inf).amax(-1, keepdim=True) + 1e-2).clamp(min=0) + 1e-2
+    weights = scores.masked_fill(~reads, -math.inf).softmax(-1) * (scores - low) / (high - low)
+    torch.testing.assert_close(ours, torch.einsum("bnts,bsnh->btnh", weights, inputs.v.repeat_interleave(2, 2)))
