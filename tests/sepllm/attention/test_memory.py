@@ -19,7 +19,7 @@ FORMS_A_MAP = {
 }
 
 MEASURE = """
-import json, resource, sys
+import json, re, sys
 import torch
 from sepllm.attention import attend, choose_core, spec_of
 from sepllm.layout import TokenLayout
@@ -28,17 +28,20 @@ from sepllm.pattern import AttentionPattern
 core, length = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(1)
 
+def memory_bytes(name):  # VmHWM, the peak, starts with the process; ru_maxrss would count the one that started it
+    return 1024 * int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+
 def run(length, needs_grad):
     generator = torch.Generator().manual_seed(0)
     ids = (torch.rand(1, length, generator=generator) < 0.16).long()
     ranges = TokenLayout.from_ids(ids, AttentionPattern(initial_tokens=3, separator_ids=(1,), windows=(64,))).ranges(0)
     q, k, v = (torch.randn(1, length, 1, 16, requires_grad=needs_grad) for _ in range(3))
     choose_core(spec_of(q, ranges, needs_grad=needs_grad), core)
-    before = 4096 * int(open("/proc/self/statm").read().split()[1])
+    before = memory_bytes("VmRSS")
     out = attend(q, k, v, ranges, scale=0.25, core=core)
     if needs_grad:
         out.sum().backward()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return memory_bytes("VmHWM") - before
 
 for needs_grad in (True, False):
     try:
