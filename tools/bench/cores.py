@@ -1,0 +1,175 @@
+"""Which attention core is the fastest where: the measurement behind `auto` (`sepllm/attention/measured.py`).
+
+    python -m tools.bench.cores --device cpu --threads 1 --save
+
+Every core computes the same calls in turn: training steps and prompts of all lengths, windows small and near the length, one or a few tokens
+over a cache. A case where `auto` takes a core more than a quarter slower than the best one is marked and makes the exit status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from sepllm.attention import attend, choose_core, core_names, prepare, spec_of
+from sepllm.layout import KeyRanges, TokenLayout
+from sepllm.pattern import UNBOUNDED, AttentionPattern
+from tools.bench import report
+from tools.bench.lineup import DTYPES
+from tools.bench.machine import describe
+from tools.bench.measure import Ratio, interleave
+from tools.bench.problem import INITIAL_TOKENS, Inputs
+from tools.bench.stopwatch import Elapsed, Stopwatch
+from tools.bench.text import TokenStream, add_text_flags, chosen_stream
+
+TOLERANCE = 1.25
+"""`auto` may be this many times slower than the fastest core: cores closer than that change places from run to run."""
+HEADS, HEAD_SIZE = 8, 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One kind of call."""
+
+    batch: int
+    queries: int
+    keys: int
+    window: int
+    has_backward: bool = False
+
+    def __str__(self) -> str:
+        kind = "training" if self.has_backward else "prompt" if self.queries == self.keys else "decoding"
+        window = "full" if self.window == UNBOUNDED else f"n = {self.window}"
+        return f"{kind}, {self.batch} x {self.queries} over {self.keys}, {window}"
+
+
+CASES = (
+    *(Case(batch=1, queries=length, keys=length, window=8, has_backward=True) for length in (16, 64)),
+    *(Case(batch=1, queries=length, keys=length, window=64, has_backward=True) for length in (128, 512, 2048)),
+    *(Case(batch=1, queries=length, keys=length, window=UNBOUNDED, has_backward=True) for length in (64, 512, 2048)),
+    *(Case(batch=1, queries=1024, keys=1024, window=window, has_backward=True) for window in (256, 900)),
+    *(Case(batch=1, queries=length, keys=length, window=64) for length in (33, 512, 2048)),
+    *(Case(batch=batch, queries=1, keys=keys, window=64) for batch, keys in ((1, 128), (1, 2048), (8, 2048))),
+    *(Case(batch=batch, queries=1, keys=keys, window=UNBOUNDED) for batch, keys in ((1, 128), (1, 2048), (8, 2048))),
+    *(Case(batch=1, queries=queries, keys=2048, window=64) for queries in (4, 32, 128)),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    case: Case
+    dtype: str
+    ms: dict[str, float]
+    """Median time of each core that can compute the case."""
+    chosen: str
+    behind: Ratio
+    """Time of the chosen core over that of the fastest, round by round."""
+
+    @property
+    def fastest(self) -> str:
+        return min(self.ms, key=self.ms.__getitem__)
+
+    @property
+    def is_bad(self) -> bool:
+        return self.behind.median > TOLERANCE
+
+    def as_dict(self) -> dict[str, object]:
+        names = ("batch", "queries", "keys", "window", "has_backward")
+        ours = {"dtype": self.dtype, "ms": self.ms, "chosen": self.chosen, "fastest": self.fastest, "behind": self.behind.median}
+        return {name: getattr(self.case, name) for name in names} | ours
+
+
+def main(argv: Sequence[str] | None = None, *, cases: Sequence[Case] = CASES) -> int:
+    arguments = parse(argv)
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("--device cuda: torch sees no CUDA device here; use --device cpu.", file=sys.stderr)
+        return 1
+    torch.set_num_threads(arguments.threads)
+    machine, text = describe(device), chosen_stream(arguments)
+    verdicts = [judge(case, dtype, text, device, rounds=arguments.rounds, cores=arguments.cores) for dtype in arguments.dtype for case in cases]
+    table = table_of(verdicts, arguments.cores)
+    print(table.text())
+    title = f"Attention cores in {' and '.join(arguments.dtype)}: {machine.title()}"
+    result = report.Result(
+        header={**machine.as_dict(), "command": arguments.command, "text": text.name},
+        body={"rows": [verdict.as_dict() for verdict in verdicts]},
+        tables=[table],
+        notes=[],
+        title=title,
+        picture=None,
+    )
+    save_as = report.base_name(machine.date, machine.device, "cores", *arguments.dtype) if arguments.save else None
+    for path in report.write(result, json_path=arguments.json, png_path=None, save_as=save_as):
+        print(f"wrote {path}")
+    return 1 if any(verdict.is_bad for verdict in verdicts) else 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    flags = argparse.ArgumentParser(prog="tools.bench.cores", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    flags.add_argument("--threads", type=int, default=1, help="of a CPU (default: %(default)s)")
+    flags.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
+    flags.add_argument("--cores", nargs="+", choices=core_names(), default=[name for name in core_names() if name not in ("flex", "fused_triton")])
+    flags.add_argument("--rounds", type=int, default=15)
+    add_text_flags(flags)
+    flags.add_argument("--json", type=Path, metavar="OUT")
+    flags.add_argument("--save", action="store_true", help="JSON and Markdown into benchmarks/results/")
+    words = list(sys.argv[1:] if argv is None else argv)
+    return flags.parse_args(words, argparse.Namespace(command=shlex.join(["python", "-m", "tools.bench.cores", *words])))
+
+
+def judge(case: Case, dtype: str, text: TokenStream, device: torch.device, *, rounds: int, cores: Sequence[str]) -> Verdict:
+    """Times of the cores on one case, and how far behind the best one `auto` is."""
+    ranges, inputs = ranges_of(case, text).to(device), inputs_of(case, DTYPES[dtype], device)
+    spec = spec_of(inputs.q, ranges, needs_grad=case.has_backward)
+    watch = Stopwatch(device)
+    calls: dict[str, Callable[[], Elapsed]] = {}
+    for core in cores:
+        try:
+            prepare(ranges, spec, core)
+        except ValueError:  # the core says that it cannot compute this
+            continue
+        attention = partial(attend, ranges=ranges, scale=HEAD_SIZE**-0.5, core=core)
+        calls[core] = partial(watch.time, attention, inputs, has_backward=case.has_backward)
+    interleave(calls, rounds=2)
+    seconds = {core: [one.total_s or one.forward_s for one in elapsed] for core, elapsed in interleave(calls, rounds=rounds).items()}
+    ms = {core: 1e3 * sorted(times)[len(times) // 2] for core, times in seconds.items()}
+    chosen = choose_core(spec)
+    return Verdict(case=case, dtype=dtype, ms=ms, chosen=chosen, behind=Ratio.of(seconds[chosen], seconds[min(ms, key=ms.__getitem__)]))
+
+
+def ranges_of(case: Case, text: TokenStream) -> KeyRanges:
+    pattern = AttentionPattern(initial_tokens=INITIAL_TOKENS, separator_ids=frozenset(text.separator_ids), windows=(case.window,))
+    ids = text.rows(case.batch, case.keys, target=None)
+    if case.queries == case.keys:
+        return TokenLayout.from_ids(ids, pattern).ranges(0)
+    return TokenLayout.from_ids(ids[:, : -case.queries], pattern).extend(ids[:, -case.queries :]).ranges(0)
+
+
+def inputs_of(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
+    generator = torch.Generator().manual_seed(0)
+    lengths = (case.queries, case.keys, case.keys, case.queries)
+    tensors = (torch.randn(case.batch, length, HEADS, HEAD_SIZE, generator=generator).to(device, dtype) for length in lengths)
+    return Inputs.leaves(*tensors)
+
+
+def table_of(verdicts: Sequence[Verdict], cores: Sequence[str]) -> report.Table:
+    def row(verdict: Verdict) -> tuple[str, ...]:
+        times = (f"{verdict.ms[core]:.3f}" if core in verdict.ms else "" for core in cores)
+        behind = f"{verdict.behind.median:.2f}" + (" BAD" if verdict.is_bad else "")
+        return (str(verdict.case), verdict.dtype, *times, verdict.fastest, verdict.chosen, behind)
+
+    title = f"Milliseconds of one call, {HEADS} heads of {HEAD_SIZE}; training is forward and backward. behind: auto's core over the fastest."
+    return report.Table(title=title, columns=("case", "dtype", *cores, "fastest", "auto", "behind"), rows=[row(verdict) for verdict in verdicts])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Pictures for the documents, made from the code that they explain."""
