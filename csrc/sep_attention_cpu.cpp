@@ -30,6 +30,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <type_traits>
 #include <vector>
 
 #include "simd.h"
@@ -810,34 +811,31 @@ void sum_task(const BackwardArgs& args, int64_t row, int64_t kv_head) {
   }
 }
 
+// Calls run(row size known to the compiler or 0, whether the softmax is adjusted), both as types.
+template <typename S, typename Run>
+void specialise(const AttentionArgs& args, Run run) {
+  using T = typename ComputedIn<S>::Type;
+  using Any = std::integral_constant<int64_t, 0>;
+  if (args.softmax != Softmax::kStandard) return run(Any{}, std::true_type{});
+  if constexpr (std::is_same_v<T, float>) {
+    if (padded<T>(args.head_size) == 64) return run(std::integral_constant<int64_t, 64>{}, std::false_type{});
+    if (padded<T>(args.head_size) == 128) return run(std::integral_constant<int64_t, 128>{}, std::false_type{});
+  }
+  run(Any{}, std::false_type{});
+}
+
 template <typename S>
 void forward_tasks(const ForwardArgs& args, int64_t first, int64_t last) {
-  using T = typename ComputedIn<S>::Type;
-  const int64_t row_size = padded<T>(args.head_size);
-  for (int64_t number = first; number < last; ++number) {
-    const Task task = task_of(args, number);
-    if (args.softmax != Softmax::kStandard)
-      forward_task<S, 0, true>(args, task);
-    else if (row_size == 64)
-      forward_task<S, 64, false>(args, task);
-    else
-      forward_task<S, 0, false>(args, task);
-  }
+  specialise<S>(args, [&](auto row_size, auto adjusts) {
+    for (int64_t number = first; number < last; ++number) forward_task<S, row_size, adjusts>(args, task_of(args, number));
+  });
 }
 
 template <typename S>
 void backward_tasks(const BackwardArgs& args, int64_t first, int64_t last) {
-  using T = typename ComputedIn<S>::Type;
-  const int64_t row_size = padded<T>(args.head_size);
-  for (int64_t number = first; number < last; ++number) {
-    const Task task = task_of(args, number);
-    if (args.softmax != Softmax::kStandard)
-      backward_task<S, 0, true>(args, task);
-    else if (row_size == 64)
-      backward_task<S, 64, false>(args, task);
-    else
-      backward_task<S, 0, false>(args, task);
-  }
+  specialise<S>(args, [&](auto row_size, auto adjusts) {
+    for (int64_t number = first; number < last; ++number) backward_task<S, row_size, adjusts>(args, task_of(args, number));
+  });
 }
 
 template <typename Visit>

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -88,3 +89,41 @@ def test_sources_of_this_checkout_are_found() -> None:
 def test_fast_math_is_not_asked_for() -> None:
     """At link time it switches denormal numbers off for the whole process."""
     assert not any("fast-math" in flag for flag in extension.compile_flags())
+
+
+COMPARE = """
+import sys, torch
+from sepllm.layout import TokenLayout
+from sepllm.ops.sep_attention import Ranges, sep_attention
+from sepllm.pattern import AttentionPattern
+
+torch.ops.load_library(sys.argv[1])
+from sepllm.ops import extension
+extension.load = lambda: None
+torch.manual_seed(0)
+for length, window, size, dtype in ((150, 20, 16, torch.float64), (300, 64, 64, torch.float32), (65, 1, 80, torch.float32), (1, 4, 5, torch.float64)):
+    ids = (torch.rand(2, length) < 0.16).long()
+    made = TokenLayout.from_ids(ids, AttentionPattern(initial_tokens=3, separator_ids=(1,), windows=(window,))).ranges(0)
+    ranges = Ranges(made.index, made.far_lo, made.far_hi, made.band_lo, made.band_hi)
+    q, k, v = (torch.randn(2, length, heads, size, dtype=dtype, requires_grad=True) for heads in (4, 2, 2))
+    results = []
+    for impl in ("native", "reference"):
+        out, _ = sep_attention(q, k, v, ranges, scale=0.3, impl=impl)
+        results.append([out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))])
+    for ours, wanted in zip(*results):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
+print("equal")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86-64")
+@pytest.mark.parametrize("architecture", ["x86-64", "x86-64-v3"], ids=["SSE2", "AVX2"])
+def test_narrower_vectors_compute_the_same(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other widths and fewer registers than this machine's are other code."""
+    flags = [f"-march={architecture}" if flag == "-march=native" else flag for flag in extension.compile_flags()]
+    monkeypatch.setattr(extension, "compile_flags", lambda: flags)
+    library = extension.build(tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    compared = subprocess.run([sys.executable, "-c", COMPARE, str(library)], env=environment, capture_output=True, text=True, check=False)
+    assert compared.stdout == "equal\n", compared.stderr
