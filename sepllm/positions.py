@@ -1,11 +1,52 @@
-"""Positions of tokens as small tables: rotary cosines and sines, ALiBi slopes, sinusoidal embeddings."""
+"""Positions of tokens: which number a token has for which purpose, and small tables of them: rotary cosines and sines, ALiBi slopes,
+sinusoidal embeddings."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from sepllm.layout import TokenLayout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Positions:
+    """The position numbers of one forward pass, int64. All are the token's place in its text, except with BiPE (arXiv 2401.16421)."""
+
+    embedded: Tensor
+    """``[B, T]``: rows of the position embeddings, learned or sinusoidal. BiPE: the token's place in its segment."""
+    queries: Tensor
+    """``[B, T]``: for rotary angles and ALiBi. BiPE: the number of the token's segment."""
+    keys: Tensor
+    """``[B, S]``: the same of every column."""
+
+    @classmethod
+    def of(cls, layout: TokenLayout, *, segment_end_ids: Iterable[int] | None = None) -> Positions:
+        """Positions of the layout's queries and keys. ``segment_end_ids``: BiPE's separators; None: no BiPE."""
+        if segment_end_ids is None:
+            return cls(embedded=layout.positions, queries=layout.positions, keys=layout.key_positions)
+        bilevel = layout.bilevel_positions(segment_end_ids)
+        first = layout.ids.shape[1] - layout.num_queries
+        return cls(embedded=bilevel.intra[:, first:], queries=bilevel.inter[:, first:], keys=bilevel.inter)
+
+    def check_embedded(self, max_position_embeddings: int, *, offset: int = 0) -> None:
+        """ValueError unless each position, ``offset`` added, has a row in a learned table of that many.
+
+        Padding, document starts and segments make positions smaller than columns, so that only the tensor can tell; but it is not looked at
+        (nor its device waited for) unless there are more columns than rows.
+        """
+        if self.keys.shape[1] + offset <= max_position_embeddings:
+            return
+        last = int(self.embedded.max()) + offset
+        if last >= max_position_embeddings:
+            raise ValueError(
+                f"Position {last} has no embedding: max_position_embeddings is {max_position_embeddings}. Shorten the text (with USE_BiPE: its "
+                "segments), or train with a larger max_position_embeddings."
+            )
 
 
 def rotary_table(

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "sepllm.pattern": set(),
     "sepllm.layout": {"sepllm.pattern"},
-    "sepllm.positions": {"sepllm.pattern"},
+    "sepllm.positions": {"sepllm.pattern", "sepllm.layout"},
     "sepllm.sampling": set(),
     "sepllm.ops": set(),
     "sepllm.attention": {"sepllm.pattern", "sepllm.layout", "sepllm.positions", "sepllm.ops"},

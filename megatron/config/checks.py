@@ -53,7 +53,6 @@ def check_startable(config: Config, *, has_fp16: bool) -> list[str]:
 
 
 NOT_BUILT_YET: tuple[tuple[Callable[[Config], bool], str], ...] = (
-    (lambda config: config.model.use_bipe, "USE_BiPE: bilevel positions are not built into the model yet."),
     (lambda config: config.model.pos_emb == "rpe", "pos_emb rpe: relative position buckets are not built yet."),
     (lambda config: config.model.use_mup, "use_mup: muP is not built yet."),
     (lambda config: config.model.num_unique_layers is not None, "num_unique_layers: layers that share parameters are not built yet."),

@@ -41,6 +41,8 @@ def resolve_attention(settings: Settings) -> AttentionConfig:
     num_layers = settings.need("num_layers", int)
     mode = attention_mode(settings)
     prefill = _pattern(settings, mode=mode, num_layers=num_layers)
+    if mode == "self_adjust":
+        settings.notes.append(_softmax_note(prefill, settings.need("seq_length", int)))
     return AttentionConfig(
         prefill=prefill if settings.get_or("EXCLUDE_DIAGONAL", True) or mode == "full" else prefill.widened(1),
         decode=_decode(settings, prefill, mode=mode),
@@ -83,6 +85,14 @@ def _pattern(settings: Settings, *, mode: Mode, num_layers: int) -> AttentionPat
         padding_id=settings.get_or("PADDING_ID", 0) if is_adaptive else None,
         reference_padding=settings.get_or("reference_padding", False),
     )
+
+
+def _softmax_note(pattern: AttentionPattern, length: int) -> str:
+    """The self-adjust flags name a softmax; which keys it runs over, the separators and windows say."""
+    if pattern.is_full(length):
+        return "the self-adjust softmax runs over all causal keys: full attention."
+    far = f"{pattern.initial_tokens} initial tokens and {len(pattern.separator_ids)} separator ids"
+    return f"the self-adjust softmax runs over a sparse pattern: {far}, windows of {_short(pattern.windows)}."
 
 
 def _separators(settings: Settings, *, mode: Mode) -> tuple[int, ...]:

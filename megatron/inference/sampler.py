@@ -44,6 +44,7 @@ def generate(
     generator: torch.Generator | None = None,
     recompute: bool = False,
     return_logits: bool = False,
+    on_pass: Callable[[TokenLayout], None] | None = None,
 ) -> list[Completion]:
     """One completion per prompt, each of at most ``maximum_tokens`` tokens and ``max_length`` with its prompt.
 
@@ -52,6 +53,7 @@ def generate(
     ``vocab_size``: token ids from here on pad the output matrix and are never chosen; None: any may be.
     ``document_end_id``: attention and positions start anew after this token; None: a row is one text.
     ``should_stop`` sees the new tokens of one row after each step. ``generator`` lives on the model's device.
+    ``on_pass`` sees the layout of every forward pass, whose queries are the tokens that it read.
     """
     _check_prompts(prompts, max_length)
     device = next(model.parameters()).device
@@ -61,7 +63,7 @@ def generate(
         return [row.completion(return_logits) for row in rows]
     layout = _prompt_layout([prompt for prompt, row in zip(prompts, rows, strict=True) if row.limit > 0], prefill, document_end_id, device)
     cache = None if recompute else KeyValueCache(prefill.num_layers, capacity=layout.ids.shape[1] + maximum_tokens)
-    logits = model(layout.ids, layout, cache=cache)[:, -1, :vocab_size]
+    logits = _last_logits(model, layout, cache, on_pass)[:, :vocab_size]
     while True:
         tokens = next_tokens(logits, sampling, generator=generator)
         for index, (row, token) in enumerate(zip(open_rows, tokens.tolist(), strict=True)):
@@ -75,7 +77,7 @@ def generate(
             if cache is not None:
                 cache.select(kept)
         layout = _extended(layout, tokens[:, None], decode=decode, recompute=recompute)
-        logits = model(layout.ids[:, -layout.num_queries :], layout, cache=cache)[:, -1, :vocab_size]
+        logits = _last_logits(model, layout, cache, on_pass)[:, :vocab_size]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -103,6 +105,14 @@ class _Row:
     def completion(self, return_logits: bool) -> Completion:
         logits = (torch.stack(self.logits) if self.logits else torch.empty(0, 0)) if return_logits else None
         return Completion(ids=tuple(self.ids), finished=self.finished, logits=logits)
+
+
+def _last_logits(model: GPTModel, layout: TokenLayout, cache: KeyValueCache | None, on_pass: Callable[[TokenLayout], None] | None) -> Tensor:
+    """What the model says after the last query of each row. ``[B, V]``"""
+    logits = model(layout.ids[:, -layout.num_queries :], layout, cache=cache)
+    if on_pass is not None:
+        on_pass(layout)
+    return logits[:, -1]
 
 
 def _prompt_layout(prompts: Sequence[Sequence[int]], pattern: AttentionPattern, document_end_id: int | None, device: torch.device) -> TokenLayout:

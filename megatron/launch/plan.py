@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import count, groupby, takewhile
 
 from megatron.config.deepspeed import deepspeed_config
-from megatron.config.schema import CheckpointConfig, Config
+from megatron.config.schema import CheckpointConfig, Config, ModelConfig
 from megatron.config.size import model_size
 from megatron.launch.inputs import Input, data_inputs, tokenizer_inputs, training_prefix
 from megatron.launch.kept import SAMPLES, kept_ratio, needs_data, read_samples
@@ -29,6 +29,7 @@ def plan_text(config: Config, *, notes: Sequence[str], obstacles: Sequence[str],
         *_parameters(config),
         *_memory(config),
         *_attention(config),
+        ("positions", _positions(config.model)),
         ("kept ratio", _kept(config)),
         *_schedule(config),
         ("checkpoints", _checkpoints(config)),
@@ -115,7 +116,8 @@ def _pattern(pattern: AttentionPattern) -> str:
     if pattern.sliding_width is not None:
         words.append(f"nothing further back than {pattern.sliding_width}")
     if isinstance(pattern.softmax, SelfAdjust):
-        words.append(f"self-adjusting softmax ({pattern.softmax.kind})")
+        extremes = ", extremes of all causal keys" if pattern.softmax.extremes == "causal" else ""
+        words.append(f"self-adjusting softmax ({pattern.softmax.kind}{extremes})")
     return ", ".join(words)
 
 
@@ -135,6 +137,13 @@ def _layer(pattern: AttentionPattern, layer: int, length: int) -> str:
         return "full"
     grid = f", every {pattern.intervals[layer]}th token" if pattern.intervals else ""
     return f"window {pattern.windows[layer]}{grid}"
+
+
+def _positions(model: ModelConfig) -> str:
+    words = f"rotary, {model.rotary_pct:.0%} of each head" if model.pos_emb == "rotary" else model.pos_emb
+    if not model.use_bipe:
+        return words
+    return f"{words}, by segment (BiPE, {len(model.bipe_separator_ids)} separator ids); an embedding for each place in a segment"
 
 
 def _kept(config: Config) -> str:

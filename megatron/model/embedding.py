@@ -1,4 +1,4 @@
-"""The first layer: word embeddings, plus those of positions where they are added and not rotated."""
+"""The first layer: word embeddings, plus those of positions where they are learned (BiPE's places in a segment too) or sinusoidal."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ class Embedding(nn.Module):
             raise ValueError("The model has no vocabulary size: give a tokenizer (vocab_file) or padded_vocab_size.")
         self.config = config
         self.word_embeddings = nn.Embedding(config.padded_vocab_size, config.hidden_size)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size) if config.pos_emb == "learned" else None
+        has_table = config.pos_emb == "learned" or config.use_bipe
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size) if has_table else None
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """``ids``, ``positions`` ``[B, T]`` int64."""
+        """``ids``, ``positions`` ``[B, T]`` int64; the positions are `Positions.embedded`."""
         hidden_BTD: Tensor = self.word_embeddings(ids)
         if self.position_embeddings is not None:
             hidden_BTD = hidden_BTD + self.position_embeddings(positions + self.config.opt_pos_emb_offset)

@@ -21,7 +21,7 @@ from megatron.model.self_attention import ForwardPass, rotary_dims
 from sepllm.attention import PositionBias, prepare, spec_of
 from sepllm.layout import KeyRanges, TokenLayout
 from sepllm.pattern import Softmax
-from sepllm.positions import alibi_slopes, rotary_table
+from sepllm.positions import Positions, alibi_slopes, rotary_table
 
 EMBEDDING = 0
 """Place of the embedding in the list of layers. Places 1 and ``num_layers + 2`` reshape in GPT-NeoX and hold nothing."""
@@ -107,8 +107,11 @@ class GPTModel(nn.Module):
         """
         self._check(ids, layout, cache)
         embedding = cast(Embedding, self.sequential[str(EMBEDDING)])
-        hidden_BTD = embedding(ids, layout.positions)
-        hidden_BTD = self._blocks(hidden_BTD, self._shared(layout, cache, like=hidden_BTD))
+        positions = Positions.of(layout, segment_end_ids=self.config.bipe_separator_ids if self.config.use_bipe else None)
+        if embedding.position_embeddings is not None:
+            positions.check_embedded(self.config.max_position_embeddings, offset=self.config.opt_pos_emb_offset)
+        hidden_BTD = embedding(ids, positions.embedded)
+        hidden_BTD = self._blocks(hidden_BTD, self._shared(layout, positions, cache, like=hidden_BTD))
         hidden_BTD = self.sequential[str(self.config.num_layers + 3)](hidden_BTD)
         if self.config.no_weight_tying:
             return self.sequential[str(self.config.num_layers + 4)](hidden_BTD)
@@ -133,13 +136,13 @@ class GPTModel(nn.Module):
             hidden_BTD = self.sequential[str(FIRST_BLOCK + layer)](hidden_BTD, shared)
         return hidden_BTD
 
-    def _shared(self, layout: TokenLayout, cache: KeyValueCache | None, *, like: Tensor) -> ForwardPass:
+    def _shared(self, layout: TokenLayout, positions: Positions, cache: KeyValueCache | None, *, like: Tensor) -> ForwardPass:
         """Positions as the blocks want them: tables of the dtype of ``like``, or slopes."""
         config = self.config
         rotary = bias = None
         if config.pos_emb == "rotary":
             rotary = rotary_table(
-                layout.positions,
+                positions.queries,
                 rotary_dims=rotary_dims(config),
                 base=config.rotary_emb_base,
                 dtype=like.dtype,
@@ -147,7 +150,7 @@ class GPTModel(nn.Module):
             )
         if config.pos_emb == "alibi":
             slopes = alibi_slopes(config.num_attention_heads).to(like.device)
-            bias = PositionBias(slopes=slopes, query_positions=layout.positions, key_positions=layout.key_positions)
+            bias = PositionBias(slopes=slopes, query_positions=positions.queries, key_positions=positions.keys)
         ranges = tuple(layout.ranges(layer) for layer in range(config.num_layers))
         self.attention_cores = self._prepared_cores(ranges, layout.pattern.softmax, bias, like=like)
         return ForwardPass(ranges=ranges, cores=self.attention_cores, softmax=layout.pattern.softmax, rotary=rotary, bias=bias, cache=cache)
@@ -170,17 +173,6 @@ class GPTModel(nn.Module):
         if held + ids.shape[1] != num_keys:
             raise ValueError(
                 f"The layout has {num_keys} columns, {ids.shape[1]} of them new, but the cache holds {held}: give the cache of this text."
-            )
-        if self.config.pos_emb == "learned" and num_keys > self.config.max_position_embeddings - self.config.opt_pos_emb_offset:
-            self._check_positions(layout)
-
-    def _check_positions(self, layout: TokenLayout) -> None:
-        """Padding and document starts make positions smaller than columns, so that only the tensor can tell."""
-        last = int(layout.positions.max()) + self.config.opt_pos_emb_offset
-        if last >= self.config.max_position_embeddings:
-            raise ValueError(
-                f"Position {last} has no embedding: max_position_embeddings is {self.config.max_position_embeddings}. Shorten the text, or train "
-                "with a larger max_position_embeddings or with pos_emb: rotary."
             )
 
 

@@ -23,7 +23,7 @@ POSITIONS = ("rotary", "learned", "alibi", "none")
 class SepLLMGPTNeoXConfig(PreTrainedConfig):
     """A GPT-NeoX model whose queries read initial tokens, separators and their neighbours.
 
-    Contradictory settings raise ValueError here. Self-adjust softmax and BiPE are accepted, but the model does not compute them yet.
+    Contradictory settings raise ValueError here.
     """
 
     model_type: ClassVar[str] = "sepllm_gpt_neox"
@@ -91,8 +91,9 @@ class SepLLMGPTNeoXConfig(PreTrainedConfig):
     fixed_sep_intervals_list: list[int] | None = None
     """Grid interval of each layer."""
     USE_BiPE: bool = False
+    """Bilevel positions: the place in a segment is embedded, the segment's number is rotated (or ALiBi's)."""
     BiPE_seps: list[int] | None = None
-    """None: the separators of the Pythia models."""
+    """Ids that end a segment. None: the separators of the Pythia models."""
     USE_SA_SOFTMAX: bool = False
     USE_SA_SOFTMAX_NO_DENO: bool = False
     SA_Numerator_Bias: float | int = 0.0
@@ -216,9 +217,21 @@ def _check_shape(config: SepLLMGPTNeoXConfig) -> None:
         raise ValueError(f"num_attention_heads ({config.num_attention_heads}) must divide hidden_size ({config.hidden_size}).")
     if config.pos_emb not in POSITIONS:
         raise ValueError(f"pos_emb {config.pos_emb!r} is not computed by this model: use one of {', '.join(POSITIONS)}.")
+    if config.USE_BiPE:
+        _check_bipe(config)
     kind = (config.rope_parameters or {}).get("rope_type", "default")
     if kind != "default":
         raise ValueError(f"rope_type {kind!r} is not computed by this model: use default.")
+
+
+def _check_bipe(config: SepLLMGPTNeoXConfig) -> None:
+    if config.pos_emb not in ("rotary", "alibi"):
+        raise ValueError(f"USE_BiPE is set and pos_emb is {config.pos_emb}: bilevel positions need pos_emb rotary or alibi.")
+    if min(config.BiPE_seps or (-1,)) < 0:
+        raise ValueError(f"USE_BiPE is set and BiPE_seps is {config.BiPE_seps}: list the ids that end a segment, each 0 or more.")
+    for flag in ("USE_ORIGINAL_FULL_ATTEN", "streamingLLM"):
+        if getattr(config, flag):
+            raise ValueError(f"USE_BiPE and {flag} are both set, and SepLLM trains that without BiPE: set USE_BiPE to false.")
 
 
 def _agreed(value: float | None, other: float | None, name: str, other_name: str, default: float) -> float:

@@ -7,6 +7,8 @@ prefill pattern. Attention weights are never formed, so they cannot be returned.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
@@ -23,7 +25,7 @@ from sepllm.attention.spec import PositionBias
 from sepllm.hf.configuration_sepllm_gpt_neox import SepLLMGPTNeoXConfig, decode_pattern, prefill_pattern
 from sepllm.hf.layout_cache import layout_layer
 from sepllm.layout import TokenLayout
-from sepllm.positions import alibi_slopes, apply_rotary, rotary_table
+from sepllm.positions import Positions, alibi_slopes, apply_rotary, rotary_table
 
 logger = logging.get_logger(__name__)
 
@@ -54,6 +56,7 @@ class SepLLMGPTNeoXAttention(nn.Module):
             layout.ranges(self.layer),
             scale=head_size**-0.5,
             core="dense" if self.config._attn_implementation == "eager" else "auto",
+            softmax=layout.pattern.softmax,
             bias=bias,
             dropout=self.config.attention_dropout if self.training else 0.0,
         )
@@ -121,9 +124,9 @@ class SepLLMGPTNeoXModel(SepLLMGPTNeoXPreTrainedModel):
 
     def __init__(self, config: SepLLMGPTNeoXConfig) -> None:
         super().__init__(config)
-        _refuse_unbuilt(config)
         self.embed_in = nn.Embedding(config.vocab_size, config.hidden_size)
-        if config.pos_emb == "learned":
+        self._has_position_table = config.pos_emb == "learned" or config.USE_BiPE
+        if self._has_position_table:
             self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.layers = nn.ModuleList(SepLLMGPTNeoXLayer(config, layer) for layer in range(config.num_hidden_layers))
@@ -153,7 +156,8 @@ class SepLLMGPTNeoXModel(SepLLMGPTNeoXPreTrainedModel):
         """Hidden states ``[B, T, D]`` of the new tokens.
 
         ``input_ids [B, T]``, or ``inputs_embeds [B, T, D]`` where no pattern needs the ids. ``attention_mask [B, P + T]``, 0 on
-        padding, speaks of the ``P`` cached tokens too. ``position_ids [B, T]`` are counted from each row's first text token if absent.
+        padding, speaks of the ``P`` cached tokens too. ``position_ids [B, T]`` are counted from each row's first text token if absent; ALiBi
+        and BiPE always count for themselves.
         """
         if kwargs.get("output_attentions"):
             raise ValueError("output_attentions is set, but this model never forms the attention weights: leave it out.")
@@ -166,12 +170,13 @@ class SepLLMGPTNeoXModel(SepLLMGPTNeoXPreTrainedModel):
         layout = self._layout(self._known_ids(input_ids, inputs_embeds), cached, attention_mask)
         self._report_ratios(layout)
 
-        positions_BT = layout.positions if position_ids is None else position_ids.expand(layout.positions.shape)
+        positions = self._positions(layout, position_ids)
         hidden_BTD = self.embed_in(input_ids) if inputs_embeds is None else inputs_embeds
-        if self.config.pos_emb == "learned":
-            hidden_BTD = hidden_BTD + self.position_embeddings(positions_BT) * self.config.mup_rp_embedding_mult
+        if self._has_position_table:
+            positions.check_embedded(self.config.max_position_embeddings)
+            hidden_BTD = hidden_BTD + self.position_embeddings(positions.embedded) * self.config.mup_rp_embedding_mult
         hidden_BTD = self.dropout(hidden_BTD)
-        rotary, bias = self._rotary(positions_BT, hidden_BTD.dtype), self._bias(layout)
+        rotary, bias = self._rotary(positions, hidden_BTD.dtype), self._bias(positions)
         for layer in self.layers:
             hidden_BTD = layer(hidden_BTD, layout=layout, rotary=rotary, bias=bias, past_key_values=past_key_values)
         if store is not None:
@@ -201,24 +206,33 @@ class SepLLMGPTNeoXModel(SepLLMGPTNeoXPreTrainedModel):
             return input_ids
         assert inputs_embeds is not None
         pattern = prefill_pattern(self.config)
-        if pattern.separator_ids or pattern.padding_id is not None:
+        if pattern.separator_ids or pattern.padding_id is not None or self.config.USE_BiPE:
             raise ValueError(
                 "inputs_embeds do not say which tokens are separators or padding: give input_ids, or use streamingLLM or full attention."
             )
         return torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
 
-    def _rotary(self, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    def _positions(self, layout: TokenLayout, position_ids: Tensor | None) -> Positions:
+        if self.config.USE_BiPE:
+            return Positions.of(layout, segment_end_ids=self.config.BiPE_seps)
+        positions = Positions.of(layout)
+        if position_ids is None or self.config.pos_emb == "alibi":
+            return positions
+        given_BT = position_ids.expand(positions.queries.shape)
+        return replace(positions, embedded=given_BT, queries=given_BT)
+
+    def _rotary(self, positions: Positions, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         if self.config.pos_emb != "rotary":
             return None
         rope = self.config.rope_parameters
         rotary_dims = int(self.config.hidden_size // self.config.num_attention_heads * rope["partial_rotary_factor"])
-        return rotary_table(positions_BT, rotary_dims=rotary_dims, base=rope["rope_theta"], dtype=dtype)
+        return rotary_table(positions.queries, rotary_dims=rotary_dims, base=rope["rope_theta"], dtype=dtype)
 
-    def _bias(self, layout: TokenLayout) -> PositionBias | None:
+    def _bias(self, positions: Positions) -> PositionBias | None:
         if self.config.pos_emb != "alibi":
             return None
-        slopes = alibi_slopes(self.config.num_attention_heads).to(layout.ids.device)
-        return PositionBias(slopes=slopes, query_positions=layout.positions, key_positions=layout.key_positions)
+        slopes = alibi_slopes(self.config.num_attention_heads).to(positions.keys.device)
+        return PositionBias(slopes=slopes, query_positions=positions.queries, key_positions=positions.keys)
 
     def _report_ratios(self, layout: TokenLayout) -> None:
         self.num_forwards += 1
@@ -278,10 +292,3 @@ class SepLLMGPTNeoXForCausalLM(SepLLMGPTNeoXPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits_BTV, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=logits_BTV, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states)
-
-
-def _refuse_unbuilt(config: SepLLMGPTNeoXConfig) -> None:
-    if config.USE_SA_SOFTMAX or config.USE_SA_SOFTMAX_NO_DENO:
-        raise ValueError("USE_SA_SOFTMAX and USE_SA_SOFTMAX_NO_DENO need an attention core for self-adjust softmax, which is not built yet.")
-    if config.USE_BiPE:
-        raise ValueError("USE_BiPE needs bilevel positions that go on counting from the cached tokens, which are not built yet.")

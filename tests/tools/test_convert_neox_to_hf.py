@@ -40,7 +40,7 @@ from megatron.config.schema import (
 from megatron.data.indexed import IndexedDatasetWriter, best_dtype
 from megatron.model.gpt import build_model
 from sepllm.hf import SepLLMGPTNeoXForCausalLM
-from sepllm.pattern import AttentionPattern
+from sepllm.pattern import AttentionPattern, SelfAdjust
 from tools.ckpts import convert_neox_to_hf, hf_config
 from tools.ckpts.convert_neox_to_hf import Converted, convert, main, run_config
 
@@ -96,6 +96,12 @@ def run(*, attention: dict[str, object] | None = None, precision: str = "fp32", 
 
 
 FULL = {"prefill": AttentionPattern.full(2), "decode": AttentionPattern.full(2), "mode": "full"}
+BIPE = {"use_bipe": True, "bipe_separator_ids": (5, 9)}
+
+
+def self_adjusting(pattern: AttentionPattern, softmax: SelfAdjust) -> dict[str, object]:
+    pattern = replace(pattern, softmax=softmax)
+    return {"prefill": pattern, "decode": pattern, "mode": "self_adjust"}
 
 
 @pytest.fixture
@@ -126,6 +132,10 @@ MODES: dict[str, dict[str, object]] = {
         "mode": "fixllm",
     },
     "padding": {"prefill": replace(PATTERN, padding_id=1), "decode": replace(PATTERN, padding_id=1)},
+    "self-adjust": self_adjusting(PATTERN, SelfAdjust(kind="normalised", numerator_bias=0.1, denominator_bias=0.2)),
+    "self-adjust, causal extremes": self_adjusting(PATTERN, SelfAdjust(kind="normalised", extremes="causal")),
+    "full self-adjust": self_adjusting(replace(AttentionPattern.full(2), initial_tokens=3), SelfAdjust(kind="normalised")),
+    "raw self-adjust": self_adjusting(PATTERN, SelfAdjust(kind="raw")),
 }
 
 
@@ -142,7 +152,11 @@ def test_the_folder_gives_the_training_models_logits(converted: Callable[..., Co
     assert result.num_parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("changes", [{"gpt_j_residual": False}, {"no_weight_tying": False}, {"pos_emb": "learned"}, {"pos_emb": "alibi"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{"gpt_j_residual": False}, {"no_weight_tying": False}, {"pos_emb": "learned"}, {"pos_emb": "alibi"}, BIPE, {**BIPE, "pos_emb": "alibi"}],
+    ids=str,
+)
 def test_other_blocks_give_the_same_logits_too(converted: Callable[..., Converted], changes: dict[str, object]) -> None:
     difference = converted(run(**changes)).largest_difference
     assert difference is not None
@@ -154,6 +168,14 @@ def test_the_activation_is_the_one_that_was_trained(converted: Callable[..., Con
     result = converted(run(activation=activation))
     assert json.loads((result.directory / "config.json").read_text())["hidden_act"] == hidden_act
     assert hidden_act in result.notes[0]
+
+
+def test_bilevel_positions_go_with_the_folder(converted: Callable[..., Converted]) -> None:
+    result = converted(run(**BIPE))
+    config = AutoModelForCausalLM.from_pretrained(result.directory).config
+    assert (config.USE_BiPE, config.BiPE_seps) == (True, [5, 9])
+    table = load_file(result.directory / "model.safetensors")["sepllm_gpt_neox.position_embeddings.weight"]
+    assert tuple(table.shape) == (64, 32)
 
 
 def test_full_attention_converts_to_transformers_own_gpt_neox(converted: Callable[..., Converted]) -> None:
@@ -184,8 +206,9 @@ def test_llama_and_mistral_blocks_convert_to_themselves(converted: Callable[...,
         (run(gpt_j_tied=True), "sepllm_gpt_neox", ["one norm a block"]),
         (run(num_kv_heads=2), "sepllm_gpt_neox", ["num_kv_heads groups the heads"]),
         (run(pos_emb="sinusoidal"), "sepllm_gpt_neox", ["pos_emb is sinusoidal"]),
+        (run(attention=MODES["full self-adjust"], **BIPE), "neox", ["its softmax is self-adjusting", "USE_BiPE"]),
     ],
-    ids=["sparse neox", "no llama", "no gpt-neox", "tied", "grouped", "positions"],
+    ids=["sparse neox", "no llama", "no gpt-neox", "tied", "grouped", "positions", "full but not GPT-NeoX's"],
 )
 def test_every_reason_against_an_architecture_is_given(
     converted: Callable[..., Converted], config: Config, architecture: str, reasons: list[str]

@@ -72,6 +72,8 @@ def obstacles(config: Config, architecture: str) -> list[str]:
         (model.use_qk_layernorm, "use_qk_layernorm: true has norms that the architecture lacks"),
         (model.opt_pos_emb_offset != 0, f"opt_pos_emb_offset is {model.opt_pos_emb_offset}; transformers starts at 0"),
         (architecture != "sepllm_gpt_neox" and not is_full, f"its attention is {config.attention.mode}, not full: use sepllm_gpt_neox"),
+        (architecture != "sepllm_gpt_neox" and model.use_bipe, "USE_BiPE: use sepllm_gpt_neox"),
+        (architecture != "sepllm_gpt_neox" and isinstance(pattern.softmax, SelfAdjust), "its softmax is self-adjusting: use sepllm_gpt_neox"),
         (architecture in ("neox", "llama") and pattern.sliding_width is not None, "sliding_window_width: use sepllm_gpt_neox or mistral"),
     ]
     checks += _llama_checks(config) if architecture in ("llama", "mistral") else _neox_checks(config, architecture)

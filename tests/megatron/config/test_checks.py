@@ -78,7 +78,6 @@ def test_global_and_flash_layers_are_the_same(config: object, resolve: Resolve) 
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({**SEPLLM, "USE_BiPE": True, "BiPE_seps": [5]}, "USE_BiPE"),
         ({"pos-emb": "rpe"}, "pos_emb rpe"),
         ({"use_mup": True}, "use_mup"),
         ({"num_unique_layers": 2}, "num_unique_layers"),
@@ -95,9 +94,10 @@ def test_what_is_still_to_come_resolves_and_its_start_names_it(keys: dict[str, o
     assert all(any(reason == sentence for _, sentence in NOT_BUILT_YET) for reason in reasons)
 
 
-def test_fixllm_and_plain_runs_start(resolve: Resolve) -> None:
+def test_every_mode_starts(resolve: Resolve) -> None:
     grid = {"USE_FIXED_SEP_INTERVALs": True, "fixed_sep_intervals_list": [5] * 4}
-    for keys in ({}, SEPLLM, grid, {**SEPLLM, "streamingLLM": True}):
+    bilevel, adjusted = {**SEPLLM, "USE_BiPE": True, "BiPE_seps": [5]}, {**SEPLLM, "USE_SA_SOFTMAX": True}
+    for keys in ({}, SEPLLM, grid, {**SEPLLM, "streamingLLM": True}, bilevel, adjusted, {**bilevel, **adjusted, "pos-emb": "alibi"}):
         assert check_startable(resolve(keys).config, has_fp16=False) == []
 
 

@@ -111,6 +111,31 @@ def test_self_adjust_with_separators_reads_their_pattern(resolve: Resolve) -> No
     assert released.is_full(128)
 
 
+@pytest.mark.parametrize(
+    ("keys", "note"),
+    [
+        ({"USE_SA_SOFTMAX": True}, "runs over all causal keys: full attention"),
+        (
+            {"USE_SA_SOFTMAX_NO_DENO": True, "separator_token_ids": [-1], "prefill_local_window_size": 128},
+            "runs over all causal keys: full attention",
+        ),
+        ({**SEPLLM, "USE_SA_SOFTMAX": True}, "runs over a sparse pattern: 3 initial tokens and 2 separator ids, windows of 8"),
+        ({"USE_SA_SOFTMAX": True, "prefill_local_window_size": 8}, "runs over a sparse pattern: 3 initial tokens and 0 separator ids, windows of 8"),
+    ],
+    ids=str,
+)
+def test_what_self_adjust_runs_over_is_said(keys: dict[str, object], note: str, resolve: Resolve) -> None:
+    (said,) = [said for said in resolve(keys).notes if "self-adjust" in said]
+    assert note in said
+
+
+def test_the_extremes_of_self_adjust_are_those_of_the_keys_read_unless_asked_otherwise(resolve: Resolve) -> None:
+    for given, expected in ((None, "read"), ("read", "read"), ("causal", "causal")):
+        assert resolve({"USE_SA_SOFTMAX": True, "SA_Extremes": given}).config.attention.prefill.softmax == SelfAdjust(
+            kind="normalised", extremes=expected
+        )
+
+
 def test_fixllm_reads_a_grid_instead_of_separators(resolve: Resolve) -> None:
     keys = {**SEPLLM, "USE_FIXED_SEP_INTERVALs": True, "fixed_sep_intervals_list": [5] * LAYERS}
     attention = resolve(keys).config.attention

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from megatron.inference.sampler import Completion, generate
 from megatron.model.gpt import GPTModel
 from sepllm.layout import TokenLayout
-from sepllm.pattern import AttentionPattern
+from sepllm.pattern import AttentionPattern, SelfAdjust, Softmax, Standard
 from sepllm.sampling import Sampling
 
 MakeModel = Callable[..., GPTModel]
@@ -36,21 +37,23 @@ def by_definition(model: GPTModel, prompt: Sequence[int], pattern: AttentionPatt
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("pos_emb", ["rotary", "learned", "alibi"])
+@pytest.mark.parametrize("position", ["rotary", "learned", "alibi", "bilevel rotary", "bilevel alibi"])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", ["sparse", "full"])
 def test_greedy_text_of_a_batch_is_that_of_each_prompt_alone(
-    make_model: MakeModel, request: pytest.FixtureRequest, name: str, recompute: bool, pos_emb: str
+    make_model: MakeModel, request: pytest.FixtureRequest, name: str, recompute: bool, position: str
 ) -> None:
     pattern = request.getfixturevalue(name)
-    model = make_model(prefill=pattern, pos_emb=pos_emb)
+    bilevel = {"use_bipe": True, "bipe_separator_ids": (33, 47, 101)} if position.startswith("bilevel") else {}
+    model = make_model(prefill=pattern, pos_emb=position.removeprefix("bilevel "), **bilevel)
     together = write(model, PROMPTS, pattern, recompute=recompute)
     assert [list(row.ids) for row in together] == [by_definition(model, prompt, pattern, 20) for prompt in PROMPTS]
 
 
-def test_the_cache_changes_no_logit(make_model: MakeModel, sparse: AttentionPattern) -> None:
-    model = make_model()
-    cached, recomputed = (write(model, PROMPTS, sparse, recompute=recompute) for recompute in (False, True))
+@pytest.mark.parametrize("softmax", [Standard(), SelfAdjust(kind="normalised", extremes="causal"), SelfAdjust(kind="raw")], ids=str)
+def test_the_cache_changes_no_logit(make_model: MakeModel, sparse: AttentionPattern, softmax: Softmax) -> None:
+    model, pattern = make_model(), replace(sparse, softmax=softmax)
+    cached, recomputed = (write(model, PROMPTS, pattern, recompute=recompute) for recompute in (False, True))
     for ours, theirs in zip(cached, recomputed, strict=True):
         assert ours.ids == theirs.ids
         assert close(ours.logits, theirs.logits)
@@ -120,3 +123,9 @@ def test_document_starts_cut_off_the_text_before_them(make_model: MakeModel, spa
 def test_unreadable_prompts_are_named(make_model: MakeModel, sparse: AttentionPattern, prompts: list[list[int]], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         write(make_model(), prompts, sparse)
+
+
+def test_every_forward_pass_is_seen_with_what_it_reads(make_model: MakeModel, sparse: AttentionPattern) -> None:
+    passes: list[tuple[int, int]] = []
+    write(make_model(), PROMPTS[:2], sparse, maximum_tokens=3, on_pass=lambda layout: passes.append((layout.num_queries, layout.ids.shape[1])))
+    assert passes == [(8, 8), (1, 9), (1, 10)]

@@ -45,6 +45,22 @@ def test_sepllm_160m_on_32_devices(capsys: pytest.CaptureFixture[str]) -> None:
     assert '"train_batch_size": 1024' in rows["deepspeed"]
 
 
+@pytest.mark.parametrize(
+    ("method", "extra", "label", "words"),
+    [
+        ("sepllm-n64", (), "positions", "rotary, 25% of each head"),
+        ("sepllm-n64HT-bipe-alibi", (), "positions", "alibi, by segment (BiPE, 9 separator ids); an embedding for each place in a segment"),
+        ("sa", (), "attention", "self_adjust, core auto: 3 initial tokens, 0 separator ids, self-adjusting softmax (normalised)\nlayers 0-11: full"),
+        ("sa", ("--set", "SA_Extremes=causal"), "attention", "self-adjusting softmax (normalised, extremes of all causal keys)"),
+        ("sa", (), "notes", "the self-adjust softmax runs over all causal keys: full attention."),
+        ("sa-no-denominator", (), "attention", "self-adjusting softmax (raw)"),
+    ],
+)
+def test_softmax_and_positions_are_named(method: str, extra: tuple[str, ...], label: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["train.py", "-d", CONFIGS, "size/160m", f"method/{method}", "run/pile", "--check", "--devices", "32", *extra]
+    assert words in plan(capsys, argv)[label]
+
+
 def test_memory_is_given_by_part(capsys: pytest.CaptureFixture[str]) -> None:
     memory = plan(capsys, [*N64, "--set", "padded_vocab_size=50304"])["memory"]
     gib = {name: float(number) for number, name in re.findall(r"([\d.]+)  (\w+)", memory)}

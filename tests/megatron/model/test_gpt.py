@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from megatron.model.cache import KeyValueCache
 from megatron.model.gpt import GPTModel, build_model, cross_entropy, parameter_count
 from megatron.model.init import initialise
 from sepllm.layout import TokenLayout
-from sepllm.pattern import AttentionPattern
+from sepllm.pattern import AttentionPattern, SelfAdjust, Softmax, Standard
 
 MakeConfig = Callable[..., ModelConfig]
 MakeRun = Callable[..., Config]
@@ -47,6 +49,7 @@ LLAMA = {
 }
 
 SEPARATORS = frozenset({5, 6, 7})
+GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 @pytest.fixture(autouse=True)
@@ -54,8 +57,17 @@ def _fixed_seed() -> None:
     torch.manual_seed(0)
 
 
+POSITIONS: dict[str, dict[str, object]] = {name: {"pos_emb": name} for name in ("rotary", "learned", "sinusoidal", "alibi", "none")}
+POSITIONS |= {f"bilevel {name}": {"pos_emb": name, "use_bipe": True, "bipe_separator_ids": (6, 8)} for name in ("rotary", "alibi")}
+
+
 def random_ids(rows: int, length: int) -> Tensor:
     return torch.randint(0, 90, (rows, length))
+
+
+def text_ids(rows: int, length: int) -> Tensor:
+    """A third of these are separators, of the pattern or of segments."""
+    return torch.randint(5, 17, (rows, length))
 
 
 def full_layout(ids: Tensor, config: ModelConfig, **options: object) -> TokenLayout:
@@ -108,6 +120,7 @@ def test_pythia_models_have_the_published_number_of_parameters(name: str, make_c
     [
         {"pos_emb": "learned", "no_weight_tying": False},
         {"pos_emb": "alibi", "gpt_j_tied": True, "use_qk_layernorm": True},
+        {"use_bipe": True, "bipe_separator_ids": (6,)},
         {"norm": "scalenorm", "use_bias_in_mlp": False},
         {**LLAMA, "num_kv_heads": 2},
         {"norm": "non_parametric_layernorm", "activation": "geglu", "use_bias_in_attn_linear": False},
@@ -118,7 +131,7 @@ def test_size_arithmetic_without_torch_agrees_with_the_model(changes: dict[str, 
     assert model_size(config).total == parameter_count(config)
 
 
-@pytest.mark.parametrize("position", ["rotary", "learned"])
+@pytest.mark.parametrize("position", ["rotary", "learned", "bilevel rotary"])
 def test_state_dict_has_gpt_neox_names(position: str, make_config: MakeConfig) -> None:
     block = {
         *("input_layernorm.weight", "input_layernorm.bias", "post_attention_layernorm.weight", "post_attention_layernorm.bias"),
@@ -127,9 +140,9 @@ def test_state_dict_has_gpt_neox_names(position: str, make_config: MakeConfig) -
     }
     expected = {"sequential.0.word_embeddings.weight", "sequential.5.norm.weight", "sequential.5.norm.bias", "sequential.6.final_linear.weight"}
     expected |= {f"sequential.{place}.{name}" for place in (2, 3) for name in block}
-    if position == "learned":
+    if position != "rotary":
         expected.add("sequential.0.position_embeddings.weight")
-    assert set(GPTModel(make_config(pos_emb=position)).state_dict()) == expected
+    assert set(GPTModel(make_config(**POSITIONS[position])).state_dict()) == expected
 
 
 def test_llama_options_leave_only_matrices_and_scales(make_config: MakeConfig) -> None:
@@ -258,12 +271,17 @@ def test_llama_options_equal_transformers_llama(num_kv_heads: int, make_config: 
     torch.testing.assert_close(ours(ids, full_layout(ids, config)), theirs(ids).logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("position", ["rotary", "learned", "sinusoidal", "alibi", "none"])
+@pytest.mark.parametrize("position", POSITIONS.values(), ids=list(POSITIONS))
 @pytest.mark.parametrize("num_kv_heads", [4, 2])
-def test_decoding_with_a_cache_equals_reading_the_whole_text(position: str, num_kv_heads: int, make_config: MakeConfig) -> None:
-    model = random_model(make_config(pos_emb=position, num_kv_heads=num_kv_heads)).eval()
-    pattern = AttentionPattern(initial_tokens=2, separator_ids=SEPARATORS, windows=(4, 9))
-    ids = random_ids(2, 24)
+@pytest.mark.parametrize(
+    "softmax", [Standard(), SelfAdjust(kind="normalised"), SelfAdjust(kind="raw")], ids=lambda it: getattr(it, "kind", "standard")
+)
+def test_decoding_with_a_cache_equals_reading_the_whole_text(
+    position: dict[str, object], num_kv_heads: int, softmax: Softmax, make_config: MakeConfig
+) -> None:
+    model = random_model(make_config(**position, num_kv_heads=num_kv_heads)).eval()
+    pattern = AttentionPattern(initial_tokens=2, separator_ids=SEPARATORS, windows=(4, 9), softmax=softmax)
+    ids = text_ids(2, 24)
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
     cache = KeyValueCache(model.config.num_layers)
@@ -279,11 +297,11 @@ def test_decoding_with_a_cache_equals_reading_the_whole_text(position: str, num_
     torch.testing.assert_close(torch.cat(parts, 1)[text], whole[text], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("position", ["rotary", "learned", "sinusoidal", "alibi"])
-def test_left_padding_does_not_move_a_text(position: str, make_config: MakeConfig) -> None:
-    model = random_model(make_config(pos_emb=position)).eval()
-    ids = random_ids(1, 12)
-    padded = torch.cat([torch.full((1, 5), 3), ids], 1)
+@pytest.mark.parametrize("position", POSITIONS.values(), ids=list(POSITIONS))
+def test_left_padding_does_not_move_a_text(position: dict[str, object], make_config: MakeConfig) -> None:
+    model = random_model(make_config(**position)).eval()
+    ids = text_ids(1, 12)
+    padded = torch.cat([torch.full((1, 5), 6), ids], 1)
     layout = full_layout(padded, model.config, attention_mask=torch.arange(17)[None] >= 5)
     torch.testing.assert_close(model(padded, layout)[:, 5:], model(ids, full_layout(ids, model.config)), rtol=1e-5, atol=1e-5)
 
@@ -306,6 +324,50 @@ def test_learned_positions_start_at_the_offset(make_config: MakeConfig) -> None:
     ids = random_ids(1, 9)
     layout = full_layout(ids, plain.config)
     torch.testing.assert_close(shifted(ids, layout), plain(ids, layout), rtol=0, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("position", ["rotary", "alibi"])
+@pytest.mark.parametrize("chunks", [[10], [4, 1, 5], [1] * 10], ids=str)
+def test_bilevel_positions_are_embedded_by_place_and_rotated_or_biased_by_segment(
+    position: str, chunks: list[int], make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The golden positions, given by hand to a model without BiPE."""
+    golden = json.loads((GOLDEN / "bipe.json").read_text())
+    ids, intra, inter = torch.tensor(golden["ids"]).clamp(max=30), torch.tensor(golden["intra"]), torch.tensor(golden["inter"])
+    config = make_config(pos_emb=position, use_bipe=True, bipe_separator_ids=(30,))
+    model, plain = random_model(config).eval(), GPTModel(make_config(pos_emb=position)).eval()
+    weights = model.state_dict()
+    table = weights.pop("sequential.0.position_embeddings.weight")
+    plain.load_state_dict(weights)
+    plain.sequential["0"].register_forward_hook(lambda _module, _given, hidden: hidden + table[intra])
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenLayout, "key_positions", property(lambda _layout: inter))
+        expected = plain(ids, full_layout(ids, config))
+    cache, parts = KeyValueCache(2), []
+    layout = full_layout(ids[:, :0], config)
+    for new in ids.split(chunks, 1):
+        layout = layout.extend(new)
+        parts.append(model(new, layout, cache=cache))
+    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_segments_and_not_the_text_must_fit_the_table(make_config: MakeConfig) -> None:
+    model = GPTModel(make_config(use_bipe=True, bipe_separator_ids=(6,), max_position_embeddings=8))
+    fitting, too_long = torch.tensor([[9] * 7 + [6] + [9] * 8]), torch.tensor([[9] * 16])
+    model(fitting, full_layout(fitting, model.config))
+    with pytest.raises(ValueError, match="Position 15 has no embedding: max_position_embeddings is 8"):
+        model(too_long, full_layout(too_long, model.config))
+
+
+def test_bilevel_positions_start_anew_in_packed_documents(make_config: MakeConfig) -> None:
+    model = random_model(make_config(use_bipe=True, bipe_separator_ids=(6, 8))).eval()
+    first, second = text_ids(1, 9), text_ids(1, 12)
+    first[0, -1] = 0
+    packed = torch.cat([first, second], 1)
+    together = model(packed, full_layout(packed, model.config, document_end_id=0))
+    alone = [model(ids, full_layout(ids, model.config)) for ids in (first, second)]
+    torch.testing.assert_close(together, torch.cat(alone, 1), rtol=1e-5, atol=1e-5)
 
 
 def test_text_longer_than_the_learned_table_is_refused(make_config: MakeConfig) -> None:

@@ -7,20 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from torch import Tensor, nn
+from transformers import AttentionInterface, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from sepllm.hf import SepLLMGPTNeoXConfig, SepLLMGPTNeoXForCausalLM
+from sepllm.pattern import SelfAdjust
 
+PER_LAYER = {"prefill_loc_win_size_list": [2048, 3, 2]}
 MODES: dict[str, dict[str, object]] = {
     "full": {"USE_ORIGINAL_FULL_ATTEN": True},
     "sepllm": {},
     "windows that differ": {"prefill_local_window_size": 5, "generate_local_window_size": 2},
     "streaming": {"streamingLLM": True, "prefill_local_window_size": 4},
-    "per layer": {"USE_PREFILL_LOCAL_WIN_SIZES_wrt_LAYERS": True, "prefill_loc_win_size_list": [2048, 3, 2]},
+    "per layer": {"USE_PREFILL_LOCAL_WIN_SIZES_wrt_LAYERS": True, **PER_LAYER},
     "both per layer": {
         "USE_PREFILL_LOCAL_WIN_SIZES_wrt_LAYERS": True,
-        "prefill_loc_win_size_list": [2048, 3, 2],
+        **PER_LAYER,
         "USE_GENERATE_LOCAL_WIN_SIZES_wrt_LAYERS": True,
         "generate_win_loc_size_list": [2, 4, 2048],
     },
@@ -28,6 +30,13 @@ MODES: dict[str, dict[str, object]] = {
     "no initial tokens": {"init_tok_max_idx": -1},
     "sliding": {"sliding_window_width": 6},
     "grid": {"USE_FIXED_SEP_INTERVALs": True, "fixed_sep_intervals_list": [2, 3, 4]},
+    "alibi": {"pos_emb": "alibi"},
+    "bilevel": {"USE_BiPE": True, "BiPE_seps": [4, 5]},
+    "bilevel alibi": {"USE_BiPE": True, "BiPE_seps": [4, 5], "pos_emb": "alibi", "USE_PREFILL_LOCAL_WIN_SIZES_wrt_LAYERS": True, **PER_LAYER},
+    "self-adjust": {"USE_SA_SOFTMAX": True, "SA_Numerator_Bias": 0.05, "SA_Denominator_Bias": 0.1},
+    "self-adjust of all causal keys": {"USE_SA_SOFTMAX": True, "SA_Extremes": "causal"},
+    "self-adjust, full": {"USE_SA_SOFTMAX": True, "separator_token_ids": [-1], "prefill_local_window_size": 2048},
+    "raw self-adjust, bilevel": {"USE_SA_SOFTMAX_NO_DENO": True, "USE_BiPE": True, "BiPE_seps": [3], "pos_emb": "alibi"},
 }
 
 
@@ -90,8 +99,13 @@ def own_gpt_neox(model: SepLLMGPTNeoXForCausalLM) -> GPTNeoXForCausalLM:
         attn_implementation="eager",
     )
     own = GPTNeoXForCausalLM(config).eval()
-    own.load_state_dict({own_name(name): value for name, value in model.state_dict().items()})
+    weights = {own_name(name): value for name, value in model.state_dict().items()}
+    own.load_state_dict({name: value for name, value in weights.items() if name != PLACES})
     return own
+
+
+PLACES = "gpt_neox.position_embeddings.weight"
+"""BiPE's embeddings of places in a segment, which GPT-NeoX lacks."""
 
 
 def own_name(name: str) -> str:
@@ -102,19 +116,58 @@ def own_name(name: str) -> str:
 def defined_logits(model: SepLLMGPTNeoXForCausalLM, text: list[int], num_prompt: int) -> Tensor:
     """Logits ``[T, V]`` of one unpadded text by definition: the first ``num_prompt`` tokens read under the prefill pattern, the rest
     under the decode pattern, pair by pair, in transformers' own blocks."""
-    own = own_gpt_neox(model)
-    ids = torch.tensor([text])
-    hidden = own.gpt_neox.embed_in(ids)
-    rotary = own.gpt_neox.rotary_emb(hidden, torch.arange(len(text))[None])
-    prefill, decode = model.config.prefill_pattern(), model.config.decode_pattern()
+    own, config = own_gpt_neox(model), model.config
+    hidden = own.gpt_neox.embed_in(torch.tensor([text]))
+    places = torch.arange(len(text))
+    if config.USE_BiPE:
+        places, in_segment = bilevel(text, config.BiPE_seps)
+        hidden = hidden + model.sepllm_gpt_neox.position_embeddings.weight[in_segment]
+    rotary = own.gpt_neox.rotary_emb(hidden, places[None])
+    bias = torch.zeros(config.num_attention_heads, len(text), len(text))
+    if config.pos_emb == "alibi":
+        rotary = torch.ones_like(rotary[0]), torch.zeros_like(rotary[1])
+        bias = -(0.25 ** torch.arange(1, 5)[:, None, None]) * (places[:, None] - places)
+    prefill, decode = config.prefill_pattern(), config.decode_pattern()
+    if isinstance(prefill.softmax, SelfAdjust):
+        own.config._attn_implementation, own.config.self_adjust = "self_adjust", prefill.softmax
     for number, layer in enumerate(own.gpt_neox.layers):
         reads = [
             [(prefill if q < num_prompt else decode).reads(query=q, key=k, key_id=text[k], layer=number) for k in range(len(text))]
             for q in range(len(text))
         ]
-        mask = torch.zeros(len(text), len(text)).masked_fill(~torch.tensor(reads), torch.finfo(torch.float32).min)
-        hidden = layer(hidden, attention_mask=mask[None, None], position_embeddings=rotary)
+        hidden = layer(hidden, attention_mask=bias.masked_fill(~torch.tensor(reads), UNREAD)[None], position_embeddings=rotary)
     return own.lm_head(own.gpt_neox.final_layer_norm(hidden))[0]
+
+
+UNREAD = torch.finfo(torch.float32).min
+
+
+def bilevel(text: list[int], separators: list[int]) -> tuple[Tensor, Tensor]:
+    """Number of each token's segment, and its place in it (arXiv 2401.16421), counted one by one."""
+    segments, places, segment, place = [], [], 0, 0
+    for token in text:
+        segments.append(segment)
+        places.append(place)
+        segment, place = (segment + 1, 0) if token in separators else (segment, place + 1)
+    return torch.tensor(segments), torch.tensor(places)
+
+
+def self_adjusting(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor, scaling: float, dropout: float = 0.0, **_: object
+) -> tuple[Tensor, None]:
+    """An attention function of transformers: the weights of the softmax times the scores, as arXiv 2502.18277 has it."""
+    softmax, reads = module.config.self_adjust, attention_mask > UNREAD
+    scores = q @ k.transpose(2, 3) * scaling + attention_mask.masked_fill(~reads, 0)
+    weights = scores.masked_fill(~reads, UNREAD).softmax(-1).masked_fill(~reads, 0)
+    if softmax.kind == "normalised":
+        counts = reads if softmax.extremes == "read" else torch.ones_like(reads).tril()
+        low = scores.masked_fill(~counts, torch.inf).amin(-1, keepdim=True).clamp(max=0)
+        high = (scores.masked_fill(~counts, -torch.inf).amax(-1, keepdim=True) + softmax.denominator_bias).clamp(min=0) + softmax.denominator_bias
+        scores = (scores - low + softmax.numerator_bias) / (high - low)
+    return (weights * scores @ v).transpose(1, 2), None
+
+
+AttentionInterface.register("self_adjust", self_adjusting)
 
 
 @pytest.fixture

@@ -18,6 +18,8 @@ Make = Callable[..., SepLLMGPTNeoXForCausalLM]
 Text = Callable[..., list[int]]
 Definition = Callable[[SepLLMGPTNeoXForCausalLM, list[int], int], Tensor]
 CLOSE = {"rtol": 0.0, "atol": 1e-5}
+STATES = ({}, {"USE_BiPE": True, "BiPE_seps": [4, 9]}, {"USE_BiPE": True, "BiPE_seps": [4, 9], "pos_emb": "alibi"}, {"USE_SA_SOFTMAX": True})
+"""What a cache has to go on with: separators and places, or the numbers of segments too."""
 
 
 @torch.no_grad()
@@ -103,8 +105,9 @@ def test_two_conversations_on_one_model_do_not_meet(tiny_model: Make, random_tex
         torch.testing.assert_close(torch.cat(logits), expected, **CLOSE)
 
 
-def test_a_cropped_cache_goes_on_as_if_the_rest_had_never_been(tiny_model: Make, random_text: Text) -> None:
-    model, text, wrong = tiny_model(), random_text(14), random_text(6, seed=3)
+@pytest.mark.parametrize("changes", STATES, ids=str)
+def test_a_cropped_cache_goes_on_as_if_the_rest_had_never_been(tiny_model: Make, random_text: Text, changes: dict[str, object]) -> None:
+    model, text, wrong = tiny_model(**changes), random_text(14), random_text(6, seed=3)
     cache = DynamicCache()
     cached_logits(model, text[:8] + wrong, [8, 6], cache)
     cache.crop(-6)
@@ -120,8 +123,9 @@ def test_an_emptied_cache_starts_a_new_prompt(tiny_model: Make, random_text: Tex
     torch.testing.assert_close(cached_logits(model, text, [8, 4], cache), cached_logits(model, text, [8, 4]), **CLOSE)
 
 
-def test_rows_of_a_cache_can_be_selected_repeated_and_reordered(tiny_model: Make, random_text: Text) -> None:
-    model, cache = tiny_model(), DynamicCache()
+@pytest.mark.parametrize("changes", STATES, ids=str)
+def test_rows_of_a_cache_can_be_selected_repeated_and_reordered(tiny_model: Make, random_text: Text, changes: dict[str, object]) -> None:
+    model, cache = tiny_model(**changes), DynamicCache()
     texts = [random_text(12, seed=seed) for seed in range(3)]
     expected = [cached_logits(model, text, [8, 4])[8:] for text in texts]
     with torch.no_grad():
@@ -166,8 +170,9 @@ def test_a_left_padded_batch_generates_what_its_rows_generate(
     assert together.tolist() == torch.cat(alone).tolist()
 
 
-def test_a_prompt_in_chunks_generates_the_same_where_the_windows_agree(tiny_model: Make, random_text: Text) -> None:
-    model = tiny_model()
+@pytest.mark.parametrize("changes", STATES, ids=str)
+def test_a_prompt_in_chunks_generates_the_same_where_the_windows_agree(tiny_model: Make, random_text: Text, changes: dict[str, object]) -> None:
+    model = tiny_model(**changes)
     ids, mask = padded([random_text(length, seed=length) for length in (11, 1, 6)], side="left")
     options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
     assert model.generate(ids, prefill_chunk_size=4, **options).tolist() == model.generate(ids, **options).tolist()
@@ -183,8 +188,9 @@ def test_greedy_and_sampled_text_do_not_depend_on_the_cache_where_the_windows_ag
         assert texts[0] == texts[1], options
 
 
-def test_speculative_generation_is_plain_generation(tiny_model: Make, random_text: Text) -> None:
-    model, ids = tiny_model(generate_local_window_size=2), torch.tensor([random_text(9) * 2])
+@pytest.mark.parametrize("changes", STATES, ids=str)
+def test_speculative_generation_is_plain_generation(tiny_model: Make, random_text: Text, changes: dict[str, object]) -> None:
+    model, ids = tiny_model(generate_local_window_size=2, **changes), torch.tensor([random_text(9) * 2])
     plain = model.generate(ids, max_new_tokens=12, do_sample=False)
     assert model.generate(ids, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=4).tolist() == plain.tolist()
 
@@ -287,10 +293,35 @@ def test_the_ratios_are_reported_at_their_interval(tiny_model: Make, random_text
     assert lines[0].startswith("Forward pass 2: 100.00% of the attention map")
 
 
-@pytest.mark.parametrize("changes", [{"USE_SA_SOFTMAX": True}, {"USE_SA_SOFTMAX_NO_DENO": True}, {"USE_BiPE": True}], ids=str)
-def test_modes_without_code_are_refused_by_the_model(tiny_model: Make, changes: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="not built yet"):
-        tiny_model(**changes)
+@pytest.mark.parametrize("changes", [{"USE_BiPE": True, "BiPE_seps": [3]}, {"pos_emb": "learned"}], ids=str)
+def test_a_position_beyond_the_table_is_refused(tiny_model: Make, random_text: Text, changes: dict[str, object]) -> None:
+    model, text = tiny_model(max_position_embeddings=8, **changes), [9] * 9
+    with pytest.raises(ValueError, match="Position 8 has no embedding: max_position_embeddings is 8"):
+        model(torch.tensor([text]))
+    cache = DynamicCache()
+    cached_logits(model, text[:8], [7, 1], cache)
+    with pytest.raises(ValueError, match="Position 8 has no embedding"):
+        cached_logits(model, text[8:], [1], cache)
+
+
+def test_segments_may_follow_one_another_beyond_the_table(tiny_model: Make) -> None:
+    model, text = tiny_model(max_position_embeddings=8, USE_BiPE=True, BiPE_seps=[3]), [9, 10, 11, 3] * 5
+    torch.testing.assert_close(cached_logits(model, text, [5] + [1] * 15), model(torch.tensor([text])).logits[0], **CLOSE)
+
+
+def test_bilevel_positions_are_counted_whatever_position_ids_say(tiny_model: Make, random_text: Text) -> None:
+    model, ids = tiny_model(USE_BiPE=True, BiPE_seps=[3, 4]), torch.tensor([random_text(9)])
+    torch.testing.assert_close(model(ids, position_ids=torch.full_like(ids, 7)).logits, model(ids).logits, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="inputs_embeds do not say"):
+        tiny_model(USE_BiPE=True, USE_FIXED_SEP_INTERVALs=True, fixed_sep_intervals_list=[2, 2, 2])(inputs_embeds=torch.zeros(1, 3, 32))
+
+
+def test_the_table_of_bilevel_positions_has_the_published_name_and_shape(tiny_model: Make, tmp_path: Path) -> None:
+    model = tiny_model(USE_BiPE=True)
+    model.save_pretrained(tmp_path)
+    table = load_file(tmp_path / "model.safetensors")["sepllm_gpt_neox.position_embeddings.weight"]
+    assert tuple(table.shape) == (64, 32)
+    torch.testing.assert_close(SepLLMGPTNeoXForCausalLM.from_pretrained(tmp_path).sepllm_gpt_neox.position_embeddings.weight, table)
 
 
 def test_what_a_cache_or_mask_cannot_mean_is_refused(tiny_model: Make, random_text: Text) -> None:
