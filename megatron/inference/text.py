@@ -19,6 +19,8 @@ from megatron.inference.loading import load_model
 from megatron.inference.sampler import Completion, generate
 from megatron.model.gpt import GPTModel
 from megatron.parallel.mesh import Mesh
+from megatron.training.ratios import RatioReport, Ratios
+from sepllm.layout import TokenLayout
 from sepllm.sampling import Sampling
 
 
@@ -65,10 +67,14 @@ class Writer:
     tokenizer: Tokenizer
     config: Config
     generator: torch.Generator = field(init=False)
+    ratios: RatioReport = field(init=False)
+    """Counts every forward pass, of prompts and of new tokens, where `PRINT_KV_RATIO` asks for it."""
 
     def __post_init__(self) -> None:
         device = next(self.model.parameters()).device
         object.__setattr__(self, "generator", torch.Generator(device).manual_seed(self.config.training.seed))
+        every = self.config.attention.print_ratio_intervals
+        object.__setattr__(self, "ratios", RatioReport(every=every, say=lambda text: print(text, file=sys.stderr)))
 
     def complete(self, contexts: Iterable[str]) -> Iterator[Record]:
         """A record for each context, in order; an empty context starts a new document."""
@@ -100,7 +106,11 @@ class Writer:
             generator=self.generator,
             recompute=wanted.recompute,
             return_logits=wanted.return_logits,
+            on_pass=self._note_ratios if attention.print_kv_ratio else None,
         )
+
+    def _note_ratios(self, layout: TokenLayout) -> None:
+        self.ratios.note(Ratios.of(layout), passes=1, what="forward pass")
 
     def _record(self, context: str, prompt_length: int, completion: Completion | None, elapsed_s: float) -> Record:
         if completion is None:

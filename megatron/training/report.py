@@ -10,7 +10,7 @@ from megatron.training.flops import runtime_metrics
 from megatron.training.logging import Console, Interval, console_line
 from megatron.training.metrics import MetricLogger
 from megatron.training.progress import Progress
-from megatron.training.ratios import Ratios
+from megatron.training.ratios import RatioReport, Ratios
 from megatron.training.step import StepReport
 
 
@@ -23,8 +23,8 @@ class Reporter:
         self._config = config
         self._train_iters = train_iters
         self._steps: list[tuple[StepReport, float]] = []
-        self._all_ratios = Ratios()
-        self._micro_batches = 0
+        attention = config.attention
+        self._ratios = RatioReport(every=attention.print_ratio_intervals, say=console.say) if attention.print_kv_ratio else None
 
     def step(self, report: StepReport, progress: Progress, *, lr: float, elapsed_s: float, extra: Mapping[str, float]) -> None:
         """One step is done. ``lr``: the rate of the next. ``extra``: further metrics."""
@@ -37,7 +37,8 @@ class Reporter:
         self.metrics.write(progress.iteration, metrics | runtime | dict(extra))
         self.console.step(loss=report.loss, tokens_per_s=runtime["runtime/tokens_per_sec"])
         self._steps.append((report, elapsed_s))
-        self._note_ratios(report)
+        if self._ratios is not None:
+            self._ratios.note(report.ratios, passes=len(report.micro_losses), what="step")
         if progress.iteration % self._config.logging.log_interval == 0:
             self._end_interval(progress, lr=lr)
 
@@ -77,7 +78,7 @@ class Reporter:
         self._steps = []
 
     def _runtime(self, *, steps: int, elapsed_s: float, ratios: Ratios) -> dict[str, float]:
-        return runtime_metrics(
+        metrics = runtime_metrics(
             self._config.model,
             samples=steps * self._config.batch.train_batch_size,
             elapsed_s=elapsed_s,
@@ -86,15 +87,4 @@ class Reporter:
             kept_ratio=ratios.attention_map,
             peak_tflops=self._config.logging.peak_theoretical_tflops,
         )
-
-    def _note_ratios(self, report: StepReport) -> None:
-        if not self._config.attention.print_kv_ratio:
-            return
-        before = self._micro_batches // self._config.attention.print_ratio_intervals
-        self._micro_batches += len(report.micro_losses)
-        self._all_ratios += report.ratios
-        if self._micro_batches // self._config.attention.print_ratio_intervals > before:
-            self.console.say(
-                f" kept/total of the KV: {report.ratios.kv:.4f} in this step, {self._all_ratios.kv:.4f} so far |"
-                f" kept/total of the attention map: {report.ratios.attention_map:.4f} in this step, {self._all_ratios.attention_map:.4f} so far |"
-            )
+        return metrics | {"runtime/kv_ratio": ratios.kv}

@@ -120,7 +120,7 @@ def legend_of(kinds: Sequence[Kind]) -> list[Patch]:
     """What the colours of a mask say, of those that occur."""
     from matplotlib.patches import Patch
 
-    labels = {"initial": "initial token", "separator": "separator", "grid": "grid", "window": "in the window"}
+    labels: dict[Kind, str] = {"initial": "initial token", "separator": "separator", "grid": "grid", "window": "in the window"}
     handles = [Patch(color=COLOURS[kind], label=label) for kind, label in labels.items() if kind in kinds]
     return [*handles, Patch(facecolor=UNREAD, label="not read")]
 

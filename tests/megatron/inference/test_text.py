@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -120,3 +121,16 @@ def test_a_checkpoint_is_needed(make_config: Callable[..., Config], alone: Mesh,
     monkeypatch.setattr("megatron.inference.text.build_tokenizer", lambda config: tokenizer)
     with pytest.raises(ValueError, match="load is not set"):
         generate_texts(make_config())
+
+
+def test_the_ratios_of_prompts_and_new_tokens_are_told_apart_from_the_text(
+    make_config: Callable[..., Config], make_model: Callable[..., GPTModel], tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, config = make_model(), make_config(groups={"generation": {"maximum_tokens": 6}})
+    attention = config.attention.model_copy(update={"print_kv_ratio": True, "print_ratio_intervals": 2})
+    writer = Writer(model=model, tokenizer=tokenizer, config=config.model_copy(update={"attention": attention}))
+    (record,) = writer.complete(["It was"])
+    out, said = capsys.readouterr()
+    assert out == ""
+    assert len(said.splitlines()) == (record.length + record.finished) // 2
+    assert all(float(share) <= 1 for share in re.findall(r"(\d\.\d{4}) in this forward pass", said))

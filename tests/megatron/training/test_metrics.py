@@ -23,6 +23,7 @@ EVERY_STEP = {
     "runtime/steps_per_sec",
     "runtime/tokens_per_sec",
     "runtime/kept_ratio",
+    "runtime/kv_ratio",
     "runtime/flops_per_sec_per_gpu",
     "runtime/executed_flops_per_sec_per_gpu",
     "runtime/model_flops_utilization",
