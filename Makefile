@@ -3,6 +3,7 @@
 # make test    set-up and the test suite
 # make lint    ruff and mypy
 # make test-gpu   what needs a CUDA device
+# make bench-gpu  the same, then every benchmark of a CUDA device, saved in benchmarks/results
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/setup-done
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: setup demo test test-gpu lint clean
+.PHONY: setup demo test test-gpu bench-gpu lint clean
 
 setup: $(SETUP)
 
@@ -32,6 +33,12 @@ test: setup
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
+
+bench-gpu: test-gpu
+	$(BIN)/python -m tools.bench.cores --device cuda --dtype bf16 --cores sdpa fused_triton flex chunked dense --save || true
+	$(BIN)/python -m tools.bench.attention --device cuda --dtype bf16 --seq-lengths 2048 4096 8192 32768 --minutes 6 --save
+	$(BIN)/python -m tools.bench.train_step --device cuda --dtype bf16 --arms full reference sepllm fused_triton flex \
+		--seq-lengths 2048 8192 32768 --minutes 6 --save
 
 lint: setup
 	$(BIN)/ruff check .

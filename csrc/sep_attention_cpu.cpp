@@ -41,6 +41,7 @@ namespace {
 constexpr int64_t kQueries = 64;  // queries of a block
 constexpr int64_t kKeys = 64;     // keys of a tile
 constexpr int64_t kRows = 8;      // keys, or queries, of one register tile
+constexpr int64_t kAhead = 6;     // rows between the one that is copied and the one that is asked for
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 // --- storage ------------------------------------------------------------------------------------------------------------------------
@@ -101,8 +102,10 @@ int64_t padded(int64_t head_size) {  // rows of all buffers are whole vectors
   return (head_size + kWidth - 1) / kWidth * kWidth;
 }
 
+// Copies one head of one token. `ahead` is asked for: rows stand apart by all heads, which no hardware foresees.
 template <typename T, typename S>
-SEPLLM_INLINE void copy_row(const S* from, int64_t head_size, int64_t row_size, T* to) {
+SEPLLM_INLINE void copy_row(const S* from, const S* ahead, int64_t head_size, int64_t row_size, T* to) {
+  for (int64_t h = 0; h < head_size; h += 64 / sizeof(S)) __builtin_prefetch(ahead + h);
   for (int64_t h = 0; h < head_size; ++h) to[h] = widen(from[h]);
   for (int64_t h = head_size; h < row_size; ++h) to[h] = 0;
 }
@@ -539,9 +542,9 @@ class Rows {
       positions[c] = 0;
     };
     const auto copy = [&](int64_t c) {
-      const int64_t key = side.key_of(c);
-      copy_row(from_k + key * args_.k_strides.token, args_.head_size, row_size_, k + c * row_size_);
-      if (has_values) copy_row(from_v + key * args_.v_strides.token, args_.head_size, row_size_, v + c * row_size_);
+      const int64_t key = side.key_of(c), ahead = side.key_of(std::min(c + kAhead, columns.hi - 1));
+      copy_row(from_k + key * args_.k_strides.token, from_k + ahead * args_.k_strides.token, args_.head_size, row_size_, k + c * row_size_);
+      if (has_values) copy_row(from_v + key * args_.v_strides.token, from_v + ahead * args_.v_strides.token, args_.head_size, row_size_, v + c * row_size_);
       positions[c] = args_.key_positions == nullptr ? T(0) : static_cast<T>(args_.key_positions[task_.row * args_.keys + key]);
     };
     copy_read_columns(columns, lo, hi, queries, copy, clear);
@@ -562,7 +565,10 @@ template <typename S, typename T>
 void copy_queries(const void* from, const Strides& strides, const Task& task, int64_t head, int64_t first, int64_t count, int64_t head_size,
                   int64_t row_size, T* to) {
   const S* rows = static_cast<const S*>(from) + task.row * strides.batch + head * strides.head;
-  for (int64_t q = 0; q < count; ++q) copy_row(rows + (first + q) * strides.token, head_size, row_size, to + q * row_size);
+  for (int64_t q = 0; q < count; ++q) {
+    const S* row = rows + (first + q) * strides.token;
+    copy_row(row, row + kAhead * strides.token, head_size, row_size, to + q * row_size);
+  }
   std::fill_n(to + count * row_size, (kQueries - count) * row_size, T(0));
 }
 
@@ -691,19 +697,28 @@ struct Slab {
   static int64_t rows(const AttentionArgs& args) { return args.keys + args.far_columns + 2 * kRows; }
 };
 
+// Sums in as many lanes as a vector has: the compiler may not reorder a plain sum.
+template <typename T>
+SEPLLM_INLINE T dot(const T* a, const T* b, int64_t row_size) {
+  Vec<T> sums{};
+  for (int64_t h = 0; h < row_size; h += Simd<T>::kWidth) sums += load(a + h) * load(b + h);
+  T sum = 0;
+  for (int64_t i = 0; i < Simd<T>::kWidth; ++i) sum += sums[i];
+  return sum;
+}
+
 // What the forward left for the backward of these queries: logarithms of the sums, dO . out, extremes.
 template <typename S, typename T>
-void set_saved(const BackwardArgs& args, const Task& task, int64_t head, int64_t first, int64_t count, const T* grad_out, int64_t row_size,
+void set_saved(const BackwardArgs& args, const Task& task, int64_t head, int64_t first, int64_t count, const T* grad_out, T* out, int64_t row_size,
                Block<T>& block) {
+  const Strides contiguous{args.queries * args.heads * args.head_size, args.heads * args.head_size, args.head_size};
+  copy_queries<S>(args.out, contiguous, task, head, first, count, args.head_size, row_size, out);
   for (int64_t i = 0; i < kQueries; ++i) block.lse[i] = block.delta[i] = block.grad_dot_mean[i] = block.slope_of_score[i] = block.offset_of_score[i] = 0;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t at = (task.row * args.heads + head) * args.queries + first + i;
-    const S* out = static_cast<const S*>(args.out) + ((task.row * args.queries + first + i) * args.heads + head) * args.head_size;
     const T lse = static_cast<const T*>(args.lse)[at];
-    T delta = 0;
-    for (int64_t h = 0; h < args.head_size; ++h) delta += grad_out[i * row_size + h] * widen(out[h]);
     block.lse[i] = lse;
-    block.delta[i] = delta;
+    block.delta[i] = dot(grad_out + i * row_size, out + i * row_size, row_size);
     if (args.softmax == Softmax::kStandard) continue;
     const T* extremes = static_cast<const T*>(args.extremes) + (args.extremes == nullptr ? 0 : 2 * at);
     const bool has_extremes = args.softmax == Softmax::kNormalised;
@@ -756,7 +771,7 @@ void backward_task(const BackwardArgs& args, const Task& task) {
       transpose_rows<T>(q.data(), row_size, static_cast<T>(args.scale * kLog2E), q_transposed.data());
       transpose_rows<T>(grad_out.data(), row_size, T(1), grad_transposed.data());
       set_bias(args, task, head, first, count, *block);
-      set_saved<S, T>(args, task, head, first, count, grad_out.data(), row_size, *block);
+      set_saved<S, T>(args, task, head, first, count, grad_out.data(), dq.data(), row_size, *block);
       std::fill_n(dq.data(), kQueries * row_size, T(0));
       for (const Side<T>* side : {&rows.far, &rows.band})
         for (int64_t start = side->all.lo; start < side->all.hi; start += kKeys) {

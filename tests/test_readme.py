@@ -29,16 +29,28 @@ def test_checks_in_the_documents_run(command: str, tmp_path: Path) -> None:
     assert "parameters" in done.stdout
 
 
-def test_the_python_of_the_readme_computes_attention() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+@pytest.mark.parametrize("document", ["README.md", "docs/attention.md"])
+def test_the_python_of_a_document_computes_attention(document: str) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), flags=re.DOTALL)
     q, k, v = torch.randn(3, 2, 200, 4, 64).unbind()
     names: dict[str, object] = {"ids": torch.randint(20, (2, 200)), "q": q, "k": k, "v": v}
     exec(code, names)
     out = names["out"]
     assert isinstance(out, torch.Tensor)
-    assert out.shape == q.shape
+    assert out.shape[1:] == (names["ids"].shape[1], 4, 64)  # type: ignore[attr-defined]
 
 
-def test_every_path_in_the_readme_exists() -> None:
-    for path in re.findall(r"\]\(([^)#:]+)\)", (ROOT / "README.md").read_text()):
-        assert (ROOT / path).exists(), path
+@pytest.mark.parametrize("document", ["README.md", "docs/attention.md"])
+def test_every_path_in_a_document_exists(document: str) -> None:
+    for path in re.findall(r"\]\(([^)#:]+)\)", (ROOT / document).read_text()):
+        assert (ROOT / document).parent.joinpath(path).exists(), path
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/attention.md", "benchmarks/results/README.md", "Makefile"])
+def test_tools_that_a_document_names_understand_its_words(document: str) -> None:
+    lines = re.findall(r"python -m (tools\.(?:bench|sepllm|plot)\.\w+)([^#`\n|]*)", (ROOT / document).read_text().replace("\\\n", " "))
+    assert lines or document == "README.md"
+    for module, words in lines:
+        shown = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+        for flag in re.findall(r"--[a-z-]+", words):
+            assert flag in shown.stdout, f"{document}: {module} has no {flag}"

@@ -45,6 +45,8 @@ ARMS = (
     Arm(name="sepllm", pattern="sepllm", core="auto", executes="kept"),
 )
 """Full attention through torch's flash; the reference's way without a kernel, masked softmax over S x S; ours."""
+ONE_CORE_ARMS = tuple(Arm(name=core, pattern="sepllm", core=core, executes="kept") for core in ("fused_triton", "flex", "chunked"))
+"""SepLLM by one core, whatever `auto` would take: for devices that nobody has measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from megatron.config.schema import Config
 from tools.bench import report
-from tools.bench.arms import ARMS, PRECISIONS, PYTHIA_VOCAB, Arm, StepTime, Training, config_of, refusal
+from tools.bench.arms import ARMS, ONE_CORE_ARMS, PRECISIONS, PYTHIA_VOCAB, Arm, StepTime, Training, config_of, refusal
 from tools.bench.lineup import DTYPES
 from tools.bench.machine import ROOT, describe, gemm_tflops, memory_bytes, peak_rss_bytes
 from tools.bench.measure import interleave, rounds_for
@@ -68,8 +68,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument("--dtype", choices=PRECISIONS, default="fp32", help="bf16 has float32 masters (default: %(default)s)")
     flags.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     flags.add_argument("--threads", type=int, default=2, help="of a CPU (default: %(default)s)")
-    names = [arm.name for arm in ARMS]
-    flags.add_argument("--arms", nargs="+", choices=names, default=names, help="ratios are to the first (default: %(default)s)")
+    names = [arm.name for arm in (*ARMS, *ONE_CORE_ARMS)]
+    usual = [arm.name for arm in ARMS]
+    flags.add_argument("--arms", nargs="+", choices=names, default=usual, help="ratios are to the first (default: %(default)s)")
     flags.add_argument("--steps", type=int, help="timed steps of each arm (default: what fits into --minutes, but 3 at least)")
     flags.add_argument("--minutes", type=float, default=10, help="for all lengths together (default: %(default)s)")
     flags.add_argument("--parity", type=int, metavar="STEPS", help="compare losses over so many steps instead, at the first length")
@@ -118,7 +119,7 @@ def run_length(arguments: argparse.Namespace, stream: TokenStream, length: int, 
     config = config_for(arguments, stream, length)
     text = text_rows(arguments, stream, length)
     arms, notes = [], []
-    for arm in (arm for name in arguments.arms for arm in ARMS if arm.name == name):
+    for arm in (arm for name in arguments.arms for arm in (*ARMS, *ONE_CORE_ARMS) if arm.name == name):
         reason = refusal(arm, config, batch=arguments.batch, memory_bytes=memory_bytes(device))
         if reason is None:
             arms.append(arm)
@@ -182,7 +183,7 @@ def peak_bytes_apart(arguments: argparse.Namespace, arm: Arm, text: Tensor, stre
 
 def own_peak_bytes(arguments: argparse.Namespace) -> int:
     """What `peak_bytes_apart` runs."""
-    (arm,) = (arm for arm in ARMS if arm.name == arguments.memory_of)
+    (arm,) = (arm for arm in (*ARMS, *ONE_CORE_ARMS) if arm.name == arguments.memory_of)
     stream, length = chosen_stream(arguments), arguments.seq_lengths[0]
     training = Training(config_for(arguments, stream, length), torch.device("cpu"))
     text = text_rows(arguments, stream, length)
