@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from sepllm.attention.spec import AttentionSpec
 
 FEW_QUERIES = 32
@@ -23,15 +25,21 @@ class Preference:
     """Only up to this many queries."""
     is_causal: bool | None = None
     """Only where every earlier key is read, or only where not."""
+    dtypes: tuple[torch.dtype, ...] | None = None
+    """Only in these."""
 
     def holds(self, spec: AttentionSpec) -> bool:
-        return (self.max_queries is None or spec.num_queries <= self.max_queries) and self.is_causal in (None, spec.is_causal)
+        return (
+            (self.max_queries is None or spec.num_queries <= self.max_queries)
+            and self.is_causal in (None, spec.is_causal)
+            and (self.dtypes is None or spec.dtype in self.dtypes)
+        )
 
 
 MEASURED = {
     "cpu": (
-        # One token over a whole cache is hardly any work: copying the keys first, as native does, is what costs there.
-        Preference(max_queries=1, is_causal=True, cores=("sdpa", "native", "dense")),
+        # One token over a whole cache is hardly any work: copying the keys first, as native does, costs. In bf16 torch's way costs more.
+        Preference(max_queries=1, is_causal=True, dtypes=(torch.float32, torch.float64), cores=("sdpa", "native", "dense")),
         Preference(max_queries=FEW_QUERIES, cores=("native", "sdpa", "dense")),
         Preference(cores=("native", "sdpa", "chunked", "dense")),
     ),

@@ -26,6 +26,7 @@ def test_cpu_takes_the_native_core_and_its_own_attention_for_one_token_over_ever
     assert choose_core(spec(FULL)) == "native"
     assert choose_core(spec(SPARSE)) == "native"
     assert choose_core(replace(spec(FULL), num_queries=1)) == "sdpa"
+    assert choose_core(replace(spec(FULL), num_queries=1, dtype=torch.bfloat16)) == "native"
     assert choose_core(replace(spec(SPARSE), num_queries=1)) == "native"
 
 
