@@ -43,6 +43,7 @@ class Table:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
     label: str
+    """Empty for a curve that another of its family names."""
     points: Mapping[int, float]
     """By sequence length."""
     family: str
@@ -170,8 +171,9 @@ def _draw_panel(axes, panel: Panel, styles: Mapping[str, tuple[str, str]]) -> No
 def _label_ends(axes, panel: Panel, styles: Mapping[str, tuple[str, str]]) -> None:  # type: ignore[no-untyped-def]
     """Names beside the last points, moved apart where they would touch, with a thin line to where they belong."""
     to_panel = axes.transAxes.inverted()
-    ends = [to_panel.transform(axes.transData.transform(list(curve.points.items())[-1])) for curve in panel.curves]
-    for curve, end, height in zip(panel.curves, ends, label_heights([float(end[1]) for end in ends]), strict=True):
+    curves = [curve for curve in panel.curves if curve.label]
+    ends = [to_panel.transform(axes.transData.transform(list(curve.points.items())[-1])) for curve in curves]
+    for curve, end, height in zip(curves, ends, label_heights([float(end[1]) for end in ends]), strict=True):
         colour = styles[curve.family][0]
         axes.annotate(
             curve.label,

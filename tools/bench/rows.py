@@ -13,6 +13,7 @@ from tools.bench.report import Curve, Panel, Table
 
 Pass = Literal["fwd", "fwd+bwd"]
 LINES = {"fp32": "-", "bf16": ":", "fp16": "-."}
+LINE_NAMES = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "dash-dotted"}
 PASSES: tuple[Pass, ...] = ("fwd", "fwd+bwd")
 FLOPS_PER_PAIR: dict[Pass, int] = {"fwd": 4, "fwd+bwd": 14}
 """Times the head size: two products forward, five backward."""
@@ -230,10 +231,19 @@ def panels_of(texts: Sequence[Text], rows: Sequence[Row]) -> list[Panel]:
             if row.direction == direction:
                 points.setdefault((row.variant, row.dtype), {})[row.seq_length] = row.ms / shapes[row.seq_length]
         titles: dict[Pass, str] = {"fwd": "forward", "fwd+bwd": "forward and backward"}
+        dtypes = list(dict.fromkeys(dtype for _, dtype in points))
+        named = {variant: dtype for variant, dtype in reversed(points)}  # a variant's name stands beside one of its lines
         curves = [
-            Curve(label=f"{variant} {dtype}", points=line, family=variant, line=LINES[dtype], is_baseline=variant.startswith("causal"))
+            Curve(
+                label=variant if named[variant] == dtype else "",
+                points=line,
+                family=variant,
+                line=LINES[dtype],
+                is_baseline=variant.startswith("causal"),
+            )
             for (variant, dtype), line in points.items()
         ]
+        styles = ", ".join(f"{dtype} {LINE_NAMES[LINES[dtype]]}" for dtype in dtypes)
         if curves:
-            panels.append(Panel(title=titles[direction], unit="ms per row and head", curves=curves))
+            panels.append(Panel(title=f"{titles[direction]} ({styles})", unit="ms per row and head", curves=curves))
     return panels
