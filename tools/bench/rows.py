@@ -232,7 +232,7 @@ def panels_of(texts: Sequence[Text], rows: Sequence[Row]) -> list[Panel]:
                 points.setdefault((row.variant, row.dtype), {})[row.seq_length] = row.ms / shapes[row.seq_length]
         titles: dict[Pass, str] = {"fwd": "forward", "fwd+bwd": "forward and backward"}
         dtypes = list(dict.fromkeys(dtype for _, dtype in points))
-        named = {variant: dtype for variant, dtype in reversed(points)}  # a variant's name stands beside one of its lines
+        named = dict(reversed(points))  # a variant's name stands beside its first line
         curves = [
             Curve(
                 label=variant if named[variant] == dtype else "",
