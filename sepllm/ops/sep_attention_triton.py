@@ -92,6 +92,23 @@ def _span(low: tl.tensor, high: tl.tensor, counts: tl.tensor, BLOCK: tl.constexp
 
 
 @triton.jit
+def _walks(BOUNDS: tl.tensor, query: tl.tensor, is_query: tl.tensor, num_queries: tl.tensor, BLOCK: tl.constexpr) -> tl.tuple:
+    """How a block of queries goes through the table: the edges of its bands, those of its far ranges, then all tiles that every query
+    reads entirely. Each walk: bounds of each query, number of tiles, the tile before which the first start counts and from which the
+    second does, both starts, and where the entries end."""
+    far_low = tl.load(BOUNDS + query, mask=is_query, other=0)
+    far_high = tl.load(BOUNDS + num_queries + query, mask=is_query, other=0)
+    band_low = tl.load(BOUNDS + 2 * num_queries + query, mask=is_query, other=0)
+    band_high = tl.load(BOUNDS + 3 * num_queries + query, mask=is_query, other=0)
+    far_start, far_stop, far_number, far_full, far_before = _span(far_low, far_high, is_query, BLOCK)
+    band_start, band_stop, band_number, band_full, band_before = _span(band_low, band_high, is_query, BLOCK)
+    band = (band_low, band_high, band_number - band_full, band_before, band_start, band_start + band_full * BLOCK, band_stop)
+    far = (far_low, far_high, far_number - far_full, far_before, far_start, far_start + far_full * BLOCK, far_stop)
+    first, second = far_start + far_before * BLOCK, band_start + (band_before - far_full) * BLOCK
+    return band, far, (far_low, far_high, far_full + band_full, far_full, first, second, band_stop)
+
+
+@triton.jit
 def _tile(t: tl.tensor, switch: tl.tensor, first: tl.tensor, second: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
     """What the ``t``-th tile holds, counting from ``first`` until the ``switch``-th and from ``second`` on from there."""
     return tl.where(t < switch, first, second) + t * BLOCK + tl.arange(0, BLOCK)
@@ -139,15 +156,9 @@ def _attend(
     K_POSITIONS: tl.tensor,
     k_row: tl.tensor,
     v_row: tl.tensor,
-    low: tl.tensor,
-    high: tl.tensor,
+    walk: tl.tuple,
     slope: tl.tensor,
     position: tl.tensor,
-    number: tl.tensor,
-    switch: tl.tensor,
-    first: tl.tensor,
-    second: tl.tensor,
-    stop: tl.tensor,
     highest: tl.tensor,
     total: tl.tensor,
     out: tl.tensor,
@@ -163,6 +174,7 @@ def _attend(
     The table is read one tile ahead, so that no load of the loop waits for another.
     """
     FACTOR: tl.constexpr = 1.0 if HAS_BIAS else SCALE * LOG2_E
+    low, high, number, switch, first, second, stop = walk
     entry = _tile(0, switch, first, second, BLOCK_K)
     row = tl.load(ROWS + entry, mask=entry < stop, other=-1)
     for t in range(number):
@@ -233,12 +245,7 @@ def _forward_kernel(
     ROWS += batch * (num_far + num_keys)
     K += batch * k_batch + (head // GROUP) * k_head
     V += batch * v_batch + (head // GROUP) * v_head
-    far_low = tl.load(BOUNDS + query, mask=is_query, other=0)
-    far_high = tl.load(BOUNDS + num_queries + query, mask=is_query, other=0)
-    band_low = tl.load(BOUNDS + 2 * num_queries + query, mask=is_query, other=0)
-    band_high = tl.load(BOUNDS + 3 * num_queries + query, mask=is_query, other=0)
-    far_start, far_stop, far_number, far_full, far_before = _span(far_low, far_high, is_query, BLOCK_K)
-    band_start, band_stop, band_number, band_full, band_before = _span(band_low, band_high, is_query, BLOCK_K)
+    band, far, whole = _walks(BOUNDS, query, is_query, num_queries, BLOCK_K)
     q = _load_rows(Q + batch * q_batch + head * q_head, query, q_row, is_query, D, BLOCK_D, True)
     slope = 0.0
     position = 0.0
@@ -249,20 +256,14 @@ def _forward_kernel(
     highest = tl.full([BLOCK_Q], LOWEST, ACCUMULATE)
     total = tl.zeros([BLOCK_Q], ACCUMULATE)
     out = tl.zeros([BLOCK_Q, BLOCK_D], ACCUMULATE)
-    band_edges, band_after = band_number - band_full, band_start + band_full * BLOCK_K
     highest, total, out = _attend(
-        q, K, V, ROWS, K_POSITIONS, k_row, v_row, band_low, band_high, slope, position, band_edges, band_before, band_start, band_after, band_stop,
-        highest, total, out, SCALE, HAS_BIAS, D, BLOCK_D, BLOCK_K, True
+        q, K, V, ROWS, K_POSITIONS, k_row, v_row, band, slope, position, highest, total, out, SCALE, HAS_BIAS, D, BLOCK_D, BLOCK_K, True
     )  # fmt: skip
-    far_edges, far_after = far_number - far_full, far_start + far_full * BLOCK_K
     highest, total, out = _attend(
-        q, K, V, ROWS, K_POSITIONS, k_row, v_row, far_low, far_high, slope, position, far_edges, far_before, far_start, far_after, far_stop,
-        highest, total, out, SCALE, HAS_BIAS, D, BLOCK_D, BLOCK_K, True
+        q, K, V, ROWS, K_POSITIONS, k_row, v_row, far, slope, position, highest, total, out, SCALE, HAS_BIAS, D, BLOCK_D, BLOCK_K, True
     )  # fmt: skip
-    first, second = far_start + far_before * BLOCK_K, band_start + (band_before - far_full) * BLOCK_K
     highest, total, out = _attend(
-        q, K, V, ROWS, K_POSITIONS, k_row, v_row, far_low, far_high, slope, position, far_full + band_full, far_full, first, second, band_stop,
-        highest, total, out, SCALE, HAS_BIAS, D, BLOCK_D, BLOCK_K, False
+        q, K, V, ROWS, K_POSITIONS, k_row, v_row, whole, slope, position, highest, total, out, SCALE, HAS_BIAS, D, BLOCK_D, BLOCK_K, False
     )  # fmt: skip
     reads_any = total > 0
     total = tl.where(reads_any, total, 1.0)
@@ -283,15 +284,9 @@ def _query_gradient(
     K_POSITIONS: tl.tensor,
     k_row: tl.tensor,
     v_row: tl.tensor,
-    low: tl.tensor,
-    high: tl.tensor,
+    walk: tl.tuple,
     slope: tl.tensor,
     position: tl.tensor,
-    number: tl.tensor,
-    switch: tl.tensor,
-    first: tl.tensor,
-    second: tl.tensor,
-    stop: tl.tensor,
     dq: tl.tensor,
     SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -302,6 +297,7 @@ def _query_gradient(
 ) -> tl.tensor:
     """The part of dq / scale that ``number`` tiles of table entries give, added to ``dq``."""
     FACTOR: tl.constexpr = 1.0 if HAS_BIAS else SCALE * LOG2_E
+    low, high, number, switch, first, second, stop = walk
     entry = _tile(0, switch, first, second, BLOCK_K)
     row = tl.load(ROWS + entry, mask=entry < stop, other=-1)
     for t in range(number):
@@ -378,12 +374,7 @@ def _query_gradient_kernel(
     out = _load_rows(OUT + (place + head) * D, query, num_heads * D, is_query, D, BLOCK_D, True)
     delta = tl.sum(out.to(ACCUMULATE) * grad_out.to(ACCUMULATE), 1)
     tl.store(DELTA + place + head * num_queries + query, delta, mask=is_query)
-    far_low = tl.load(BOUNDS + query, mask=is_query, other=0)
-    far_high = tl.load(BOUNDS + num_queries + query, mask=is_query, other=0)
-    band_low = tl.load(BOUNDS + 2 * num_queries + query, mask=is_query, other=0)
-    band_high = tl.load(BOUNDS + 3 * num_queries + query, mask=is_query, other=0)
-    far_start, far_stop, far_number, far_full, far_before = _span(far_low, far_high, is_query, BLOCK_K)
-    band_start, band_stop, band_number, band_full, band_before = _span(band_low, band_high, is_query, BLOCK_K)
+    band, far, whole = _walks(BOUNDS, query, is_query, num_queries, BLOCK_K)
     q = _load_rows(Q + batch * q_batch + head * q_head, query, q_row, is_query, D, BLOCK_D, True)
     lse = tl.load(LSE + place + head * num_queries + query, mask=is_query, other=0.0)
     slope = 0.0
@@ -393,20 +384,14 @@ def _query_gradient_kernel(
         position = tl.load(Q_POSITIONS + batch * num_queries + query, mask=is_query, other=0.0)
         K_POSITIONS += batch * num_keys
     dq = tl.zeros([BLOCK_Q, BLOCK_D], ACCUMULATE)
-    band_edges, band_after = band_number - band_full, band_start + band_full * BLOCK_K
     dq = _query_gradient(
-        q, grad_out, lse, delta, K, V, ROWS, K_POSITIONS, k_row, v_row, band_low, band_high, slope, position,
-        band_edges, band_before, band_start, band_after, band_stop, dq, SCALE, HAS_BIAS, D, BLOCK_D, BLOCK_K, True
+        q, grad_out, lse, delta, K, V, ROWS, K_POSITIONS, k_row, v_row, band, slope, position, dq, SCALE, HAS_BIAS, D, BLOCK_D, BLOCK_K, True
     )  # fmt: skip
-    far_edges, far_after = far_number - far_full, far_start + far_full * BLOCK_K
     dq = _query_gradient(
-        q, grad_out, lse, delta, K, V, ROWS, K_POSITIONS, k_row, v_row, far_low, far_high, slope, position,
-        far_edges, far_before, far_start, far_after, far_stop, dq, SCALE, HAS_BIAS, D, BLOCK_D, BLOCK_K, True
+        q, grad_out, lse, delta, K, V, ROWS, K_POSITIONS, k_row, v_row, far, slope, position, dq, SCALE, HAS_BIAS, D, BLOCK_D, BLOCK_K, True
     )  # fmt: skip
-    first, second = far_start + far_before * BLOCK_K, band_start + (band_before - far_full) * BLOCK_K
     dq = _query_gradient(
-        q, grad_out, lse, delta, K, V, ROWS, K_POSITIONS, k_row, v_row, far_low, far_high, slope, position,
-        far_full + band_full, far_full, first, second, band_stop, dq, SCALE, HAS_BIAS, D, BLOCK_D, BLOCK_K, False
+        q, grad_out, lse, delta, K, V, ROWS, K_POSITIONS, k_row, v_row, whole, slope, position, dq, SCALE, HAS_BIAS, D, BLOCK_D, BLOCK_K, False
     )  # fmt: skip
     _store_rows(DQ + (place + head) * D, query, num_heads * D, dq * SCALE, is_query, D, BLOCK_D)
 
@@ -422,15 +407,9 @@ def _key_gradients(
     Q_POSITIONS: tl.tensor,
     q_row: tl.tensor,
     grad_row: tl.tensor,
-    low: tl.tensor,
-    high: tl.tensor,
+    walk: tl.tuple,
     slope: tl.tensor,
     position: tl.tensor,
-    number: tl.tensor,
-    switch: tl.tensor,
-    first: tl.tensor,
-    second: tl.tensor,
-    stop: tl.tensor,
     dk: tl.tensor,
     dv: tl.tensor,
     SCALE: tl.constexpr,
@@ -442,6 +421,7 @@ def _key_gradients(
 ) -> tuple[tl.tensor, tl.tensor]:
     """The part of dk / scale and dv that ``number`` tiles of queries give, added to ``dk`` and ``dv``. Scores are keys by queries."""
     FACTOR: tl.constexpr = 1.0 if HAS_BIAS else SCALE * LOG2_E
+    low, high, number, switch, first, second, stop = walk
     for t in range(number):
         query = _tile(t, switch, first, second, BLOCK_Q)
         exists = query < stop
@@ -542,6 +522,8 @@ def _key_gradient_kernel(
         dv = _load_rows(FAR_DV + far_place, far, key_heads * D, far >= 0, D, BLOCK_D, True)
     counts = is_read if IS_FAR else is_column  # nobody asks for the sums of an unread far column
     start, stop, number, full, before = _span(low, high, counts, BLOCK_Q)
+    edges = (low, high, number - full, before, start, start + full * BLOCK_Q, stop)
+    whole = (low, high, full, full, start + before * BLOCK_Q, start, stop)
     for member in range(GROUP):
         head = key_head * GROUP + member
         if HAS_BIAS:
@@ -551,12 +533,12 @@ def _key_gradient_kernel(
         lse_place = LSE + (batch * num_heads + head) * num_queries
         delta_place = DELTA + (batch * num_heads + head) * num_queries
         dk, dv = _key_gradients(
-            k, v, q_place, grad_place, lse_place, delta_place, Q_POSITIONS, q_row, grad_row, low, high, slope, position,
-            number - full, before, start, start + full * BLOCK_Q, stop, dk, dv, SCALE, HAS_BIAS, D, BLOCK_D, BLOCK_Q, True
+            k, v, q_place, grad_place, lse_place, delta_place, Q_POSITIONS, q_row, grad_row, edges, slope, position,
+            dk, dv, SCALE, HAS_BIAS, D, BLOCK_D, BLOCK_Q, True
         )  # fmt: skip
         dk, dv = _key_gradients(
-            k, v, q_place, grad_place, lse_place, delta_place, Q_POSITIONS, q_row, grad_row, low, high, slope, position,
-            full, full, start + before * BLOCK_Q, start, stop, dk, dv, SCALE, HAS_BIAS, D, BLOCK_D, BLOCK_Q, False
+            k, v, q_place, grad_place, lse_place, delta_place, Q_POSITIONS, q_row, grad_row, whole, slope, position,
+            dk, dv, SCALE, HAS_BIAS, D, BLOCK_D, BLOCK_Q, False
         )  # fmt: skip
     if IS_FAR:
         _store_rows(FAR_DK + place, column, key_heads * D, dk, is_column, D, BLOCK_D)

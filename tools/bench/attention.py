@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,14 +37,18 @@ AGAIN = " again"
 
 def main(argv: Sequence[str] | None = None, *, known: Callable[[torch.device], Sequence[Variant]] = variants) -> int:
     arguments = parse(argv, names=[variant.name for variant in known(torch.device("cpu")) if not variant.is_baseline])
+    written: list[Path] = []
+    failures: list[str] = []
     try:
-        result, failures = run(arguments, known(torch.device(arguments.device)))
+        for result, failures_so_far in results(arguments, known(torch.device(arguments.device))):
+            words = (str(result.header["date"]), str(result.header["device"]), "attention", *arguments.dtype)
+            save_as = report.base_name(*words) if arguments.save else None
+            failures = failures_so_far
+            written = report.write(result, json_path=arguments.json, png_path=arguments.png, save_as=save_as)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
-    words = (str(result.header["date"]), str(result.header["device"]), "attention", *arguments.dtype)
-    save_as = report.base_name(*words) if arguments.save else None
-    for path in report.write(result, json_path=arguments.json, png_path=arguments.png, save_as=save_as):
+    for path in written:
         print(f"wrote {path}")
     for failure in failures:
         print(f"WRONG, and therefore without a row: {failure}", file=sys.stderr)
@@ -73,8 +77,8 @@ def parse(argv: Sequence[str] | None, *, names: Sequence[str]) -> argparse.Names
     return flags.parse_args(words, argparse.Namespace(command=shlex.join(["python", "-m", "tools.bench.attention", *words])))
 
 
-def run(arguments: argparse.Namespace, known: Sequence[Variant]) -> tuple[report.Result, list[str]]:
-    """The whole benchmark, each length printed when it is done; and what was found to be wrong."""
+def results(arguments: argparse.Namespace, known: Sequence[Variant]) -> Iterator[tuple[report.Result, list[str]]]:
+    """After each length, which is printed, the benchmark so far; and what was found to be wrong."""
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device here; use --device cpu.")
@@ -82,12 +86,19 @@ def run(arguments: argparse.Namespace, known: Sequence[Variant]) -> tuple[report
     machine, text = describe(device), chosen_stream(arguments)
     rates = {dtype: gemm_tflops(DTYPES[dtype], device) for dtype in dict.fromkeys([*CAUSAL_DTYPES, *arguments.dtype])}
     print(f"{machine.title()}. Matrix products: {', '.join(f'{rate:.3g} TFLOP/s in {dtype}' for dtype, rate in rates.items())}.", flush=True)
-    lengths = [run_length(arguments, text, known, length, rates) for length in arguments.seq_lengths]
     title = f"Attention in {' and '.join(arguments.dtype)}: {machine.title()}"
+    known_facts = header(machine, arguments, text, rates)
+    lengths: list[Length] = []
+    for length in arguments.seq_lengths:
+        lengths.append(run_length(arguments, text, known, length, rates))
+        yield result_of(lengths, header=known_facts, title=title)
+
+
+def result_of(lengths: Sequence[Length], *, header: dict[str, object], title: str) -> tuple[report.Result, list[str]]:
     panels = panels_of([length.text for length in lengths], [row for length in lengths for row in length.rows])
     failures = [failure for length in lengths for failure in length.failures]
     result = report.Result(
-        header=header(machine, arguments, text, rates),
+        header=header,
         body={
             "texts": [asdict(length.text) | {"density": length.text.density, "spreads": _as_dicts(length.spreads)} for length in lengths],
             "rows": [row.as_dict() for length in lengths for row in length.rows],

@@ -25,6 +25,7 @@ from megatron.data.tokenizer import Tokenizer
 from megatron.training.ratios import Ratios
 from sepllm.layout import TokenLayout, far_capacity
 from sepllm.pattern import AttentionPattern
+from tools.command import exit_status
 from tools.sepllm.rows import ArrayTokens, DatasetTokens, Tokens, row_blocks
 from tools.sepllm.separators import separator_ids
 from tools.sepllm.vocabulary import open_tokenizer, readable
@@ -121,12 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.add_argument("--rows", type=int, metavar="COUNT", help="look at so many rows, spread evenly (default: at all)")
     flags.add_argument("--json", action="store_true", help="print JSON")
     arguments = flags.parse_args(argv)
-    try:
-        report(arguments)
-    except (ValueError, FileNotFoundError) as mistake:
-        print(mistake, file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: report(arguments))
 
 
 def report(arguments: argparse.Namespace) -> None:

@@ -31,6 +31,7 @@ from megatron.training.ratios import Ratios
 from sepllm.layout import TokenLayout
 from sepllm.pattern import AttentionPattern
 from tools.bench.text import DENSITY, PYTHIA_SEPARATORS, demo_stream
+from tools.command import exit_status
 from tools.sepllm.rows import ArrayTokens, DatasetTokens, Tokens, row_blocks
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -162,12 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     flags.add_argument("--rows", type=int, default=512, help="at most so many, spread evenly over the text (default: %(default)s)")
     arguments = flags.parse_args(argv)
-    try:
-        report(arguments)
-    except (ValueError, FileNotFoundError) as mistake:
-        print(mistake, file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: report(arguments))
 
 
 def report(arguments: argparse.Namespace) -> None:

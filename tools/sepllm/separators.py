@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Sequence
 
 from megatron.data.tokenizer import SEPARATORS, Tokenizer, find_separator_ids
+from tools.command import exit_status
 from tools.sepllm.vocabulary import open_tokenizer, readable
 
 ESCAPES = {"\\t": "\t", "\\n": "\n", "\\r": "\r"}
@@ -27,12 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     forms.add_argument("--all", action="store_true", help="every token that contains only these characters")
     flags.add_argument("--yaml", action="store_true", help="print the line of YAML alone")
     arguments = flags.parse_args(argv)
-    try:
-        report(open_tokenizer(arguments.tokenizer), arguments)
-    except (ValueError, FileNotFoundError) as mistake:
-        print(mistake, file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: report(open_tokenizer(arguments.tokenizer), arguments))
 
 
 def report(tokenizer: Tokenizer, arguments: argparse.Namespace) -> None:

@@ -29,6 +29,7 @@ from megatron.config.loader import load_config
 from megatron.data.tokenizer import Tokenizer
 from sepllm.layout import TokenLayout
 from sepllm.pattern import UNBOUNDED, AttentionPattern
+from tools.command import exit_status
 from tools.plot.mask import COLOURS, UNREAD, Drawn, Kind, draw_mask, kinds_of, legend_of, tint
 from tools.sepllm.separators import separator_ids
 from tools.sepllm.vocabulary import open_tokenizer, readable
@@ -73,12 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.add_argument("--initial-tokens", type=int, default=3, help="of the mask without --config (default: %(default)s)")
     flags.add_argument("--window", type=int, metavar="COUNT", help=f"of the mask, in all layers that are not full (default: {WINDOW}, or --config's)")
     arguments = flags.parse_args(argv)
-    try:
-        report(arguments)
-    except (ValueError, FileNotFoundError) as mistake:
-        print(mistake, file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: report(arguments))
 
 
 def report(arguments: argparse.Namespace) -> None:

@@ -39,3 +39,4 @@ def test_picture_is_a_png(tmp_path: Path) -> None:
 
 def test_shorter_sentences_can_be_drawn(tmp_path: Path) -> None:
     draw(example("Yes , no , yes , no , yes ."), tmp_path / "mask.png")
+    assert (tmp_path / "mask.png").read_bytes().startswith(b"\x89PNG")
