@@ -7,17 +7,20 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from sepllm.attention.self_adjust import adjustment_of
 from sepllm.attention.spec import AttentionSpec, Core, PositionBias
 from sepllm.layout import KeyRanges
 from sepllm.ops.attention_reference import Bias
-from sepllm.pattern import Softmax, Standard
+from sepllm.pattern import SelfAdjust, Softmax, Standard
 
 OLDEST_CAPABILITY = (8, 0)
 
 
 def unsupported(spec: AttentionSpec) -> str | None:
-    if not isinstance(spec.softmax, Standard):
-        return "only the standard softmax"
+    if isinstance(spec.softmax, SelfAdjust) and spec.softmax.extremes == "causal" and spec.softmax.kind == "normalised":
+        return "the self-adjust softmax takes its extremes over the keys that are read only"
+    if not isinstance(spec.softmax, Standard | SelfAdjust):
+        return "an unknown softmax"
     if spec.dropout:
         return "no dropout"
     return _missing(spec.device_type, spec.dtype)
@@ -48,7 +51,8 @@ def attention(
     if bias is not None:
         exact = torch.promote_types(q.dtype, torch.float32)
         vectors = Bias(bias.slopes.to(exact), bias.query_positions.to(exact), bias.key_positions.to(exact))
-    return sep_attention_triton(q, k, v, ranges.derived["fused_triton"], scale=scale, bias=vectors)
+    adjustment = adjustment_of(softmax, ranges)
+    return sep_attention_triton(q, k, v, ranges.derived["fused_triton"], scale=scale, bias=vectors, adjustment=adjustment)
 
 
 def prepare(ranges: KeyRanges) -> None:

@@ -87,7 +87,8 @@ def _adjusted(scores: Tensor, counts: Tensor, adjustment: Adjustment) -> Tensor:
     highest = _at(scores, scores.masked_fill(~counts, -math.inf).argmax(-1, keepdim=True)) + adjustment.denominator_bias
     low = torch.where(lowest < 0, lowest, 0)
     high = torch.where(highest > 0, highest, 0) + adjustment.denominator_bias
-    return (scores - low + adjustment.numerator_bias) / (high - low)
+    spread = (high - low).masked_fill(~counts.any(-1, keepdim=True), 1)
+    return (scores - low + adjustment.numerator_bias) / spread
 
 
 def _at(scores: Tensor, key: Tensor) -> Tensor:

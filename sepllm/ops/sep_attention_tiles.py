@@ -36,10 +36,15 @@ INTERPRETER = (0, 0)
 """In the place of a compute capability: large tiles, as there the time goes by the number of operations."""
 
 
-def tiles(head_size: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
-    """The tiles of all kernels for a head size (up to 256), a dtype and a compute capability (8.0 or newer, or `INTERPRETER`)."""
+def tiles(head_size: int, dtype: torch.dtype, capability: tuple[int, int], *, adjusts: bool = False) -> Tiles:
+    """The tiles of all kernels for a head size (up to 256), a dtype and a compute capability (8.0 or newer, or `INTERPRETER`).
+
+    ``adjusts``: of the self-adjust softmax, which keeps one more sum of values per query.
+    """
     if capability == INTERPRETER:
         return _same(Tile(128, 128, 1, 1))
+    if adjusts:
+        return _adjusting_float32(head_size) if dtype == torch.float32 else _adjusting(head_size)
     if dtype == torch.float32:
         return _float32(head_size)
     if head_size > 128 and capability not in ((8, 0), (8, 7)) and capability[0] not in (9, 10):  # 100 KiB of shared memory
@@ -80,6 +85,21 @@ def _float32(head_size: int) -> Tiles:
         return Tiles(forward=Tile(32, 16, 4, 2), queries=backward, far=backward, keys=backward)
     backward = Tile(16, 16, 8, 2)
     return Tiles(forward=Tile(16, 16, 4, 1), queries=Tile(16, 32, 8, 2), far=backward, keys=backward)
+
+
+def _adjusting(head_size: int) -> Tiles:
+    """Half the keys of a tile, as two sums of values and the scores beside their weights fill the registers."""
+    if head_size <= 64:
+        backward = Tile(64, 64, 4, 2)
+        return Tiles(forward=Tile(64, 32, 4, 2), queries=backward, far=backward, keys=backward)
+    return _same(Tile(64, 32, 8, 2) if head_size <= 128 else Tile(32, 32, 8, 2))
+
+
+def _adjusting_float32(head_size: int) -> Tiles:
+    if head_size <= 64:
+        backward = Tile(32, 32, 8, 2)
+        return Tiles(forward=Tile(16, 32, 4, 2), queries=Tile(32, 32, 4, 2), far=backward, keys=backward)
+    return _same(Tile(16, 16, 8, 2 if head_size <= 128 else 1))
 
 
 def _same(tile: Tile) -> Tiles:

@@ -56,8 +56,9 @@ def test_machine_must_have_a_recent_nvidia_gpu(monkeypatch: pytest.MonkeyPatch) 
     assert fused_triton.unsupported(spec("cuda")) == "needs an NVIDIA GPU of compute capability 8.0 or newer"
 
 
-def test_other_softmax_and_dropout_are_refused() -> None:
-    assert fused_triton.unsupported(spec("cuda", softmax=SelfAdjust(kind="raw"))) == "only the standard softmax"
+def test_extremes_of_other_keys_than_those_read_and_dropout_are_refused() -> None:
+    over_causal = SelfAdjust(kind="normalised", extremes="causal")
+    assert "keys that are read only" in str(fused_triton.unsupported(spec("cuda", softmax=over_causal)))
     assert fused_triton.unsupported(spec("cuda", dropout=0.1)) == "no dropout"
 
 

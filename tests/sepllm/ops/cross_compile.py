@@ -1,5 +1,6 @@
 """Compiles the Triton attention kernels for GPUs that are not there, with the tiles of the table; a process of its own, as the tests
-interpret. Arguments: capability, head size, dtype, HAS_BIAS, GROUP. One JSON line a kernel: registers, stack and shared bytes, instructions."""
+interpret. Arguments: capability, head size, dtype, HAS_BIAS, GROUP, SOFTMAX. One JSON line a kernel: registers, stack and shared bytes,
+instructions."""
 
 from __future__ import annotations
 
@@ -15,12 +16,13 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sepllm.ops import sep_attention_triton as op
+from sepllm.ops import sep_attention_kernels as kernels
 from sepllm.ops.sep_attention_tiles import Tile, tiles
+from sepllm.ops.sep_attention_triton import _shape
 
 TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-FLOATS = {"LSE", "DELTA", "SLOPES", "Q_POSITIONS", "K_POSITIONS", "FAR_DK", "FAR_DV"}
-INTEGERS = {"BOUNDS", "ROWS", "READERS", "FAR_COLUMN"}
+FLOATS = {"LSE", "DELTA", "GAINS", "OWED", "SLOPES", "Q_POSITIONS", "K_POSITIONS", "FAR_DK", "FAR_DV"}
+INTEGERS = {"BOUNDS", "ROWS", "READERS", "FAR_COLUMN", "EXTREME_KEYS"}
 
 
 def source(kernel: triton.JITFunction, tile: Tile, constants: dict[str, object], dtype: str) -> ASTSource:
@@ -47,8 +49,11 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {name: int(re.search(rf"{word}:(\d+)", report)[1]) for name, word in (("registers", "REG"), ("stack", "STACK"), ("local", "LOCAL"))}
 
 
-def main(capability: int, head_size: int, dtype: str, has_bias: bool, group: int) -> None:
+def main(capability: int, head_size: int, dtype: str, has_bias: bool, group: int, softmax: int) -> None:
     constants = {
+        "SOFTMAX": softmax,
+        "NUMERATOR_BIAS": 0.0,
+        "DENOMINATOR_BIAS": 0.0,
         "SCALE": head_size**-0.5,
         "GROUP": group,
         "HAS_BIAS": has_bias,
@@ -56,15 +61,15 @@ def main(capability: int, head_size: int, dtype: str, has_bias: bool, group: int
         "D": head_size,
         "BLOCK_D": triton.next_power_of_2(head_size),
     }
-    division = tiles(head_size, getattr(torch, dtype), divmod(capability, 10))
-    kernels = {
-        "forward": (op._forward_kernel, division.forward, {}),
-        "queries": (op._query_gradient_kernel, division.queries, {}),
-        "far": (op._key_gradient_kernel, division.far, {"IS_FAR": True}),
-        "keys": (op._key_gradient_kernel, division.keys, {"IS_FAR": False}),
+    division = tiles(head_size, getattr(torch, dtype), divmod(capability, 10), adjusts=softmax > 0)
+    launches = {
+        "forward": (kernels._forward_kernel, division.forward, {}),
+        "queries": (kernels._query_gradient_kernel, division.queries, {}),
+        "far": (kernels._key_gradient_kernel, division.far, {"IS_FAR": True}),
+        "keys": (kernels._key_gradient_kernel, division.keys, {"IS_FAR": False}),
     }
-    for name, (kernel, tile, more) in kernels.items():
-        options = {option: value for option, value in op._shape(tile).items() if not option.startswith("BLOCK")}
+    for name, (kernel, tile, more) in launches.items():
+        options = {option: value for option, value in _shape(tile).items() if not option.startswith("BLOCK")}
         target = GPUTarget("cuda", capability, 32)
         compiled = triton.compile(source(kernel, tile, constants | more, dtype), target=target, options=options)
         ptx = compiled.asm["ptx"]
@@ -74,4 +79,4 @@ def main(capability: int, head_size: int, dtype: str, has_bias: bool, group: int
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], bool(int(sys.argv[4])), int(sys.argv[5]))
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], bool(int(sys.argv[4])), int(sys.argv[5]), int(sys.argv[6]))

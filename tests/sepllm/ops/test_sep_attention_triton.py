@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -20,16 +21,23 @@ pytest.importorskip("triton", reason="the Triton kernels need the package triton
 
 from sepllm.layout import KeyRanges, TokenLayout
 from sepllm.ops import attention_reference
-from sepllm.ops.attention_reference import Bias
+from sepllm.ops.attention_reference import Adjustment, Bias
 from sepllm.ops.sep_attention import Ranges, read_mask
+from sepllm.ops.sep_attention_kernels import NORMALISED, RAW
 from sepllm.ops.sep_attention_tiles import INTERPRETER, Tile, Tiles, tiles
-from sepllm.ops.sep_attention_triton import Tables, backward, forward, is_interpreted, make_tables, sep_attention_triton
+from sepllm.ops.sep_attention_triton import Tables, _numbers, backward, forward, is_interpreted, make_tables, sep_attention_triton
 from sepllm.pattern import AttentionPattern
 
 interpreted = pytest.mark.skipif(not is_interpreted(), reason="a CUDA device is here, so the kernels are compiled: see tests/gpu")
 
 SCALE = 0.3
 NAMES = ("out", "dq", "dk", "dv")
+ADJUSTMENTS = {
+    "standard": None,
+    "raw": Adjustment(is_normalised=False),
+    "normalised": Adjustment(is_normalised=True, numerator_bias=0.25, denominator_bias=0.125),
+}
+of_every_softmax = pytest.mark.parametrize("softmax", ADJUSTMENTS)
 
 
 @pytest.fixture
@@ -91,18 +99,20 @@ def inputs(ranges: Ranges, num_keys: int, *, heads: tuple[int, int] = (2, 1), si
     return [torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype) for shape in (of_queries, of_keys, of_keys, of_queries)]
 
 
-def by_definition(tensors: list[Tensor], is_read: Tensor, bias: Bias | None = None) -> list[Tensor]:
+def by_definition(tensors: list[Tensor], is_read: Tensor, bias: Bias | None = None, adjustment: Adjustment | None = None) -> list[Tensor]:
     """Output and gradients."""
     leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors[:3]]
-    out, _ = attention_reference.attention(*leaves, is_read, scale=SCALE, bias=bias)
+    out, _ = attention_reference.attention(*leaves, is_read, scale=SCALE, bias=bias, adjustment=adjustment)
     return [out.detach(), *torch.autograd.grad(out, leaves, tensors[3].to(out.dtype))]
 
 
-def by_kernels(tensors: list[Tensor], ranges: Ranges, *, division: Tiles | None = None, bias: Bias | None = None) -> list[Tensor]:
+def by_kernels(
+    tensors: list[Tensor], ranges: Ranges, *, division: Tiles | None = None, bias: Bias | None = None, adjustment: Adjustment | None = None
+) -> list[Tensor]:
     q, k, v, grad_out = tensors
-    known = tables(ranges, k.shape[1])
-    out, lse = forward(q, k, v, known, scale=SCALE, bias=bias, division=division)
-    return [out, *backward(grad_out, q, k, v, out, lse, known, scale=SCALE, bias=bias, division=division)]
+    known, softmax = tables(ranges, k.shape[1]), _numbers(adjustment)
+    result = forward(q, k, v, known, scale=SCALE, bias=bias, softmax=softmax, division=division)
+    return [result.out, *backward(grad_out, q, k, v, result, known, scale=SCALE, bias=bias, softmax=softmax, division=division)]
 
 
 def assert_same(ours: list[Tensor], wanted: list[Tensor], *, tolerance: float = 1e-11) -> None:
@@ -117,18 +127,26 @@ def small(queries: int, keys: int) -> Tiles:
 
 @interpreted
 @pytest.mark.usefixtures("fresh_memory_is_nan")
-@pytest.mark.parametrize("division", [(16, 16), (16, 32), (64, 16)])
-@pytest.mark.parametrize("window", [1, 20, 90])
-def test_tiles_full_on_the_edge_and_beyond_it_give_the_definition(window: int, division: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("softmax", "window", "division"),
+    [
+        *(("standard", window, division) for window in (1, 20, 90) for division in ((16, 16), (16, 32), (64, 16))),
+        *((softmax, *case) for softmax in ("raw", "normalised") for case in ((1, (16, 16)), (20, (16, 32)), (90, (64, 16)))),
+    ],
+)
+def test_tiles_full_on_the_edge_and_beyond_it_give_the_definition(softmax: str, window: int, division: tuple[int, int]) -> None:
+    adjustment = ADJUSTMENTS[softmax]
     ranges = text_ranges(97, window, document_end_id=3 if window == 20 else None)
     tensors = inputs(ranges, 97)
-    assert_same(by_kernels(tensors, ranges, division=small(*division)), by_definition(tensors, read_mask(ranges, 97)))
+    wanted = by_definition(tensors, read_mask(ranges, 97), adjustment=adjustment)
+    assert_same(by_kernels(tensors, ranges, division=small(*division), adjustment=adjustment), wanted)
 
 
 @interpreted
 @pytest.mark.usefixtures("fresh_memory_is_nan")
-@pytest.mark.parametrize("seed", range(6))
-def test_any_bounds_that_never_decrease_are_the_definition_and_unread_keys_may_be_nan(seed: int) -> None:
+@pytest.mark.parametrize(("softmax", "seed"), [*(("standard", seed) for seed in range(6)), ("raw", 1), ("normalised", 0), ("normalised", 2)])
+def test_any_bounds_that_never_decrease_are_the_definition_and_unread_keys_may_be_nan(softmax: str, seed: int) -> None:
+    adjustment = ADJUSTMENTS[softmax]
     queries, keys = ((50, 70), (1, 40), (70, 20))[seed % 3]
     ranges = any_ranges(seed, queries=queries, keys=keys)
     is_read = read_mask(ranges, keys)
@@ -136,25 +154,41 @@ def test_any_bounds_that_never_decrease_are_the_definition_and_unread_keys_may_b
     tensors = inputs(ranges, keys)
     for tensor in tensors[1:3]:
         tensor[~is_read.any(1)] = torch.nan
-    ours = by_kernels(tensors, ranges, division=small(16, 16))
-    assert_same(ours, by_definition(tensors, is_read))
+    ours = by_kernels(tensors, ranges, division=small(16, 16), adjustment=adjustment)
+    assert_same(ours, by_definition(tensors, is_read, adjustment=adjustment))
     assert not ours[0][~is_read.any(2)].any()
 
 
 @interpreted
-@pytest.mark.parametrize("new", [1, 20])
-def test_decoding_with_a_bias_and_grouped_heads(new: int) -> None:
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("denominator_bias", [0.0, -0.5, 0.5])
+def test_extremes_are_zero_where_all_scores_have_one_sign_and_ties_go_to_the_first_key(sign: int, denominator_bias: float) -> None:
+    ranges = text_ranges(40, 9)
+    tensors = inputs(ranges, 40)
+    tensors[0] = tensors[0].abs()
+    tensors[1] = sign * tensors[1].abs()
+    tensors[1][:, 1::2] = tensors[1][:, ::2]
+    adjustment = Adjustment(is_normalised=True, denominator_bias=denominator_bias)
+    wanted = by_definition(tensors, read_mask(ranges, 40), adjustment=adjustment)
+    assert_same(by_kernels(tensors, ranges, division=small(16, 16), adjustment=adjustment), wanted)
+
+
+@interpreted
+@pytest.mark.parametrize(("softmax", "new"), [("standard", 1), ("standard", 20), ("normalised", 1), ("raw", 20)])
+def test_decoding_with_a_bias_and_grouped_heads(softmax: str, new: int) -> None:
+    adjustment = ADJUSTMENTS[softmax]
     ranges = text_ranges(60, 9, new=new)
     bias = Bias(torch.tensor([0.5, 0.3, 0.1, 0.0]).double(), torch.arange(60.0)[-new:].expand(2, new), torch.arange(60.0).expand(2, 60))
     tensors = inputs(ranges, 60, heads=(4, 2))
-    assert_same(by_kernels(tensors, ranges, division=small(16, 16), bias=bias), by_definition(tensors, read_mask(ranges, 60), bias))
+    ours = by_kernels(tensors, ranges, division=small(16, 16), bias=bias, adjustment=adjustment)
+    assert_same(ours, by_definition(tensors, read_mask(ranges, 60), bias, adjustment))
 
 
 @interpreted
 def test_sums_are_saved_as_logarithms_to_base_two() -> None:
     ranges = text_ranges(40, 9)
     q, k, v, _ = inputs(ranges, 40)
-    _, lse = forward(q, k, v, tables(ranges, 40), scale=SCALE)
+    lse = forward(q, k, v, tables(ranges, 40), scale=SCALE).lse
     _, wanted = attention_reference.attention(q, k, v, read_mask(ranges, 40), scale=SCALE)
     torch.testing.assert_close(lse, wanted, rtol=1e-12, atol=1e-12)
     assert lse[0, :, :5].isposinf().all()
@@ -189,24 +223,29 @@ def test_error_is_at_most_twice_that_of_torchs_own_attention(dtype: torch.dtype,
 
 
 @interpreted
-@pytest.mark.parametrize("has_bias", [False, True])
-def test_operator_keeps_torchs_rules(has_bias: bool) -> None:
+@pytest.mark.parametrize(("softmax", "has_bias"), [("standard", False), ("standard", True), ("raw", False), ("normalised", True)])
+def test_operator_keeps_torchs_rules(softmax: str, has_bias: bool) -> None:
+    adjustment = ADJUSTMENTS[softmax]
     ranges = text_ranges(20, 5)
     q, k, v, _ = (tensor.requires_grad_() for tensor in inputs(ranges, 20))
     bias = Bias(torch.tensor([0.5, 0.1]).double(), *[torch.arange(20.0).expand(2, 20)] * 2) if has_bias else (None, None, None)
-    arguments = (q, k, v, *tables(ranges, 20), *bias, SCALE)
-    torch.library.opcheck(torch.ops.sepllm.sep_attention_triton.default, arguments)
-    out, lse = torch.ops.sepllm.sep_attention_triton(*arguments)
-    leaves = tuple(tensor.detach() for tensor in (out, q, k, v, out, lse))
-    torch.library.opcheck(torch.ops.sepllm.sep_attention_triton_backward.default, (*leaves, *arguments[3:]))
+    of_tensors, numbers = (q, k, v, *tables(ranges, 20), *bias), (SCALE, *_numbers(adjustment))
+    torch.library.opcheck(torch.ops.sepllm.sep_attention_triton.default, (*of_tensors, *numbers))
+    results = torch.ops.sepllm.sep_attention_triton(*of_tensors, *numbers)
+    leaves = tuple(None if tensor is None else tensor.detach() for tensor in (results[0], *of_tensors, *results))
+    torch.library.opcheck(torch.ops.sepllm.sep_attention_triton_backward.default, (*leaves, *numbers))
 
 
 @interpreted
-def test_gradients_are_those_of_the_function() -> None:
+@of_every_softmax
+def test_gradients_are_those_of_the_function(softmax: str) -> None:
+    adjustment = ADJUSTMENTS[softmax]
     ranges = text_ranges(9, 3)
     q, k, v, _ = (tensor.requires_grad_() for tensor in inputs(ranges, 9, size=3))
     known = tables(ranges, 9)
-    assert torch.autograd.gradcheck(lambda *leaves: sep_attention_triton(*leaves, known, scale=SCALE), (q, k, v), fast_mode=True)
+    assert torch.autograd.gradcheck(
+        lambda *leaves: sep_attention_triton(*leaves, known, scale=SCALE, adjustment=adjustment), (q, k, v), fast_mode=True
+    )
 
 
 def test_head_too_large_and_scale_not_positive_are_refused() -> None:
@@ -247,16 +286,18 @@ def test_tables_are_made_without_looking_at_values() -> None:
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), INTERPRETER], ids=str)
 @pytest.mark.parametrize("head_size", [16, 64, 80, 128, 256])
 def test_every_tile_is_one_that_tensor_cores_take(head_size: int, capability: tuple[int, int]) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        division = tiles(head_size, dtype, capability)
+    for dtype, adjusts in itertools.product((torch.float32, torch.bfloat16), (False, True)):
+        division = tiles(head_size, dtype, capability, adjusts=adjusts)
         for tile in (division.forward, division.queries, division.far, division.keys):
             assert {tile.queries, tile.keys} <= {16, 32, 64, 128}
             assert capability == INTERPRETER or tile.warps in (4, 8)
 
 
-def cross_compiled(folder: Path, *, capability: int, head_size: int, dtype: str, has_bias: bool = False, group: int = 1) -> dict[str, dict[str, int]]:
+def cross_compiled(
+    folder: Path, *, capability: int, head_size: int, dtype: str, has_bias: bool = False, group: int = 1, softmax: int = 0
+) -> dict[str, dict[str, int]]:
     """Resources and instructions of each kernel."""
-    arguments = [str(value) for value in (capability, head_size, dtype, int(has_bias), group)]
+    arguments = [str(value) for value in (capability, head_size, dtype, int(has_bias), group, softmax)]
     environment = os.environ | {"TRITON_CACHE_DIR": str(folder), "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[3])
     script = Path(__file__).with_name("cross_compile.py")
@@ -286,6 +327,17 @@ def assert_resources(kernels: dict[str, dict[str, int]], *, capability: int, dty
 def test_kernels_compile_without_a_gpu_and_keep_their_registers(capability: int, tmp_path: Path) -> None:
     kernels = cross_compiled(tmp_path, capability=capability, head_size=64, dtype="bfloat16")
     assert_resources(kernels, capability=capability, dtype="bfloat16", stack=0 if capability == 90 else 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("softmax", [RAW.value, NORMALISED.value])
+@pytest.mark.parametrize(
+    ("head_size", "dtype"), [(64, "bfloat16"), (80, "bfloat16"), (128, "bfloat16"), (256, "bfloat16"), (64, "float32"), (128, "float32")]
+)
+def test_kernels_of_the_self_adjust_softmax_compile(capability: int, softmax: int, head_size: int, dtype: str, tmp_path: Path) -> None:
+    kernels = cross_compiled(tmp_path, capability=capability, head_size=head_size, dtype=dtype, softmax=softmax)
+    assert_resources(kernels, capability=capability, dtype=dtype, stack=64)
 
 
 @pytest.mark.slow
