@@ -3,7 +3,7 @@
     python -m tools.bench.cores --device cpu --threads 1 --save
 
 Every core computes the same calls in turn: training steps and prompts of all lengths, windows small and near the length, one or a few tokens
-over a cache. A case where `auto` takes a core more than a quarter slower than the best one is marked and makes the exit status 1.
+over a cache, and the self-adjust softmax, whose usual form is that of `dense`. A case where `auto` takes a core more than a quarter slower than the best one is marked and makes the exit status 1.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from sepllm.attention import attend, choose_core, core_names, prepare, spec_of
 from sepllm.layout import KeyRanges, TokenLayout
-from sepllm.pattern import UNBOUNDED, AttentionPattern
+from sepllm.pattern import UNBOUNDED, AttentionPattern, SelfAdjust, Softmax, Standard
 from tools.bench import report
 from tools.bench.lineup import DTYPES
 from tools.bench.machine import describe
@@ -43,11 +43,17 @@ class Case:
     keys: int
     window: int
     has_backward: bool = False
+    softmax: Softmax = Standard()
 
     def __str__(self) -> str:
         kind = "training" if self.has_backward else "prompt" if self.queries == self.keys else "decoding"
         window = "full" if self.window == UNBOUNDED else f"n = {self.window}"
-        return f"{kind}, {self.batch} x {self.queries} over {self.keys}, {window}"
+        softmax = f", {self.softmax_name} self-adjust" if isinstance(self.softmax, SelfAdjust) else ""
+        return f"{kind}, {self.batch} x {self.queries} over {self.keys}, {window}{softmax}"
+
+    @property
+    def softmax_name(self) -> str:
+        return self.softmax.kind if isinstance(self.softmax, SelfAdjust) else "standard"
 
 
 CASES = (
@@ -59,6 +65,12 @@ CASES = (
     *(Case(batch=batch, queries=1, keys=keys, window=64) for batch, keys in ((1, 128), (1, 2048), (8, 2048))),
     *(Case(batch=batch, queries=1, keys=keys, window=UNBOUNDED) for batch, keys in ((1, 128), (1, 2048), (8, 2048))),
     *(Case(batch=1, queries=queries, keys=2048, window=64) for queries in (4, 32, 128)),
+    *(
+        Case(batch=1, queries=length, keys=length, window=window, has_backward=True, softmax=SelfAdjust(kind=kind))
+        for kind in ("normalised", "raw")
+        for length in (512, 2048)
+        for window in (64, UNBOUNDED)
+    ),
 )
 
 
@@ -82,7 +94,14 @@ class Verdict:
 
     def as_dict(self) -> dict[str, object]:
         names = ("batch", "queries", "keys", "window", "has_backward")
-        ours = {"dtype": self.dtype, "ms": self.ms, "chosen": self.chosen, "fastest": self.fastest, "behind": self.behind.median}
+        ours = {
+            "softmax": self.case.softmax_name,
+            "dtype": self.dtype,
+            "ms": self.ms,
+            "chosen": self.chosen,
+            "fastest": self.fastest,
+            "behind": self.behind.median,
+        }
         return {name: getattr(self.case, name) for name in names} | ours
 
 
@@ -129,7 +148,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def judge(case: Case, dtype: str, text: TokenStream, device: torch.device, *, rounds: int, cores: Sequence[str]) -> Verdict:
     """Times of the cores on one case, and how far behind the best one `auto` is."""
     ranges, inputs = ranges_of(case, text).to(device), inputs_of(case, DTYPES[dtype], device)
-    spec = spec_of(inputs.q, ranges, needs_grad=case.has_backward)
+    spec = spec_of(inputs.q, ranges, softmax=case.softmax, needs_grad=case.has_backward)
     watch = Stopwatch(device)
     calls: dict[str, Callable[[], Elapsed]] = {}
     for core in cores:
@@ -137,7 +156,7 @@ def judge(case: Case, dtype: str, text: TokenStream, device: torch.device, *, ro
             prepare(ranges, spec, core)
         except ValueError:  # the core says that it cannot compute this
             continue
-        attention = partial(attend, ranges=ranges, scale=HEAD_SIZE**-0.5, core=core)
+        attention = partial(attend, ranges=ranges, scale=HEAD_SIZE**-0.5, softmax=case.softmax, core=core)
         calls[core] = partial(watch.time, attention, inputs, has_backward=case.has_backward)
     interleave(calls, rounds=2)
     seconds = {core: [one.total_s or one.forward_s for one in elapsed] for core, elapsed in interleave(calls, rounds=rounds).items()}
@@ -147,7 +166,9 @@ def judge(case: Case, dtype: str, text: TokenStream, device: torch.device, *, ro
 
 
 def ranges_of(case: Case, text: TokenStream) -> KeyRanges:
-    pattern = AttentionPattern(initial_tokens=INITIAL_TOKENS, separator_ids=frozenset(text.separator_ids), windows=(case.window,))
+    pattern = AttentionPattern(
+        initial_tokens=INITIAL_TOKENS, separator_ids=frozenset(text.separator_ids), windows=(case.window,), softmax=case.softmax
+    )
     ids = text.rows(case.batch, case.keys, target=None)
     if case.queries == case.keys:
         return TokenLayout.from_ids(ids, pattern).ranges(0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sepllm.pattern import UNBOUNDED
+from sepllm.pattern import UNBOUNDED, SelfAdjust, Standard
 from tools.bench import cores
 from tools.bench.cores import Case, judge, ranges_of
 from tools.bench.measure import Ratio
@@ -20,13 +20,15 @@ SMALL = (
     Case(batch=1, queries=40, keys=40, window=8, has_backward=True),
     Case(batch=2, queries=3, keys=40, window=8),
     Case(batch=1, queries=40, keys=40, window=UNBOUNDED),
+    Case(batch=1, queries=40, keys=40, window=8, has_backward=True, softmax=SelfAdjust(kind="raw")),
 )
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_every_core_that_can_is_timed_and_the_choice_is_among_them(case: Case) -> None:
     verdict = judge(case, "fp32", TEXT, torch.device("cpu"), rounds=2, cores=("sdpa", "native", "chunked", "dense"))
-    assert set(verdict.ms) == {"native", "chunked", "dense"} | ({"sdpa"} if case.window == UNBOUNDED else set())
+    of_one_softmax = {"chunked"} | ({"sdpa"} if case.window == UNBOUNDED else set())
+    assert set(verdict.ms) == {"native", "dense"} | (of_one_softmax if case.softmax == Standard() else set())
     assert verdict.chosen in verdict.ms
     assert verdict.ms[verdict.fastest] == min(verdict.ms.values())
 
