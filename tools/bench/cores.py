@@ -3,7 +3,8 @@
     python -m tools.bench.cores --device cpu --threads 1 --save
 
 Every core computes the same calls in turn: training steps and prompts of all lengths, windows small and near the length, one or a few tokens
-over a cache, and the self-adjust softmax, whose usual form is that of `dense`. A case where `auto` takes a core more than a quarter slower than the best one is marked and makes the exit status 1.
+over a cache, and the self-adjust softmax, whose usual form is that of `dense`. A case where `auto` takes a core more than a quarter
+slower than the best one is marked and makes the exit status 1.
 """
 
 from __future__ import annotations
