@@ -90,9 +90,12 @@ def _float32(head_size: int) -> Tiles:
 def _adjusting(head_size: int) -> Tiles:
     """Half the keys of a tile, as two sums of values and the scores beside their weights fill the registers."""
     if head_size <= 64:
-        backward = Tile(64, 64, 4, 2)
-        return Tiles(forward=Tile(64, 32, 4, 2), queries=backward, far=backward, keys=backward)
-    return _same(Tile(64, 32, 8, 2) if head_size <= 128 else Tile(32, 32, 8, 2))
+        backward = Tile(32, 64, 4, 2)
+        return Tiles(forward=Tile(64, 32, 4, 2), queries=Tile(64, 64, 4, 2), far=backward, keys=backward)
+    if head_size <= 128:
+        tile, backward = Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)
+        return Tiles(forward=tile, queries=tile, far=backward, keys=backward)
+    return _same(Tile(32, 32, 8, 2))
 
 
 def _adjusting_float32(head_size: int) -> Tiles:

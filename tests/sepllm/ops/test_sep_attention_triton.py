@@ -308,8 +308,9 @@ def cross_compiled(
     return {kernel.pop("kernel"): kernel for kernel in kernels}
 
 
-def assert_resources(kernels: dict[str, dict[str, int]], *, capability: int, dtype: str, stack: int) -> None:
-    """Tensor cores of the architecture but for exact float32, nothing but a few words spilled, no atomics, shared memory that is there."""
+def assert_resources(kernels: dict[str, dict[str, int]], *, capability: int, dtype: str, stack: int, adjusts: bool = False) -> None:
+    """Tensor cores of the architecture but for exact float32, nothing but a few words spilled, no atomics, shared memory that is there.
+    ``adjusts``: tiles may be too small for the newest of them."""
     instruction = {80: "mma.sync", 90: "wgmma.mma_async"}[capability]
     for name, kernel in kernels.items():
         assert kernel["local"] == 0, name
@@ -319,7 +320,7 @@ def assert_resources(kernels: dict[str, dict[str, int]], *, capability: int, dty
         if dtype == "float32":
             assert not kernel["tf32"] + kernel["mma.sync"] + kernel["wgmma.mma_async"], name
         else:
-            assert kernel[instruction], name
+            assert kernel[instruction] or (adjusts and kernel["mma.sync"]), name
             assert kernel["cp.async.cg"], name
 
 
@@ -337,7 +338,7 @@ def test_kernels_compile_without_a_gpu_and_keep_their_registers(capability: int,
 )
 def test_kernels_of_the_self_adjust_softmax_compile(capability: int, softmax: int, head_size: int, dtype: str, tmp_path: Path) -> None:
     kernels = cross_compiled(tmp_path, capability=capability, head_size=head_size, dtype=dtype, softmax=softmax)
-    assert_resources(kernels, capability=capability, dtype=dtype, stack=64)
+    assert_resources(kernels, capability=capability, dtype=dtype, stack=64, adjusts=True)
 
 
 @pytest.mark.slow
