@@ -2,11 +2,26 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from sepllm.hf.attach import Attachment, attach, attachment_of, detach
+from sepllm.hf.cache import SepCache
 from sepllm.hf.configuration_sepllm_gpt_neox import SepLLMGPTNeoXConfig
 from sepllm.hf.modeling_sepllm_gpt_neox import SepLLMGPTNeoXForCausalLM, SepLLMGPTNeoXModel, SepLLMGPTNeoXPreTrainedModel
+from sepllm.hf.sepllm_config import Patterns, read_sepllm_config
 
 AutoConfig.register("sepllm_gpt_neox", SepLLMGPTNeoXConfig, exist_ok=True)
 AutoModel.register(SepLLMGPTNeoXConfig, SepLLMGPTNeoXModel, exist_ok=True)
 AutoModelForCausalLM.register(SepLLMGPTNeoXConfig, SepLLMGPTNeoXForCausalLM, exist_ok=True)
 
-__all__ = ["SepLLMGPTNeoXConfig", "SepLLMGPTNeoXForCausalLM", "SepLLMGPTNeoXModel", "SepLLMGPTNeoXPreTrainedModel"]
+__all__ = [
+    "Attachment",
+    "Patterns",
+    "SepCache",
+    "SepLLMGPTNeoXConfig",
+    "SepLLMGPTNeoXForCausalLM",
+    "SepLLMGPTNeoXModel",
+    "SepLLMGPTNeoXPreTrainedModel",
+    "attach",
+    "attachment_of",
+    "detach",
+    "read_sepllm_config",
+]

@@ -19,6 +19,7 @@ from sepllm.attention import core_names
 
 MODEL = "sepllm.hf.modeling_sepllm_gpt_neox"
 CONFIGURATION = "sepllm.hf.configuration_sepllm_gpt_neox"
+CUSTOM_GENERATE = "sepllm.hf.custom_generate"
 REGISTRY = "sepllm.attention.registry"
 PORTABLE_CORES = ("sdpa", "chunked", "dense")
 """Attention cores that need torch only, and so travel with a checkpoint."""
@@ -45,9 +46,21 @@ def write_bundle(folder: str | Path) -> list[Path]:
     return written
 
 
-def bundle_texts() -> dict[str, str]:
-    """The generated modules: flat name to source text."""
-    sources = _sources(MODEL)
+def write_custom_generate(folder: str | Path) -> list[Path]:
+    """The files written into ``folder/custom_generate``: generation from a SepCache, for ``model.generate(custom_generate=folder)``."""
+    place = Path(folder) / "custom_generate"
+    place.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, text in bundle_texts(CUSTOM_GENERATE).items():
+        path = place / f"{'generate' if name == _flat(CUSTOM_GENERATE) else name}.py"
+        path.write_text(text, encoding="utf-8")
+        written.append(path)
+    return written
+
+
+def bundle_texts(module: str = MODEL) -> dict[str, str]:
+    """The generated modules that one needs, itself included: flat name to source text."""
+    sources = _sources(module)
     return {_flat(module): _flattened(module, text) for module, text in sources.items()}
 
 

@@ -1,0 +1,379 @@
+"""Which tokens a small key-value cache keeps, row by row, on plain tensors: the policy of SepCache (arXiv 2412.12094, section 3.2).
+
+    initial | separators | past window | local window          a row of the cache, newest token last
+       a         <= s                         w
+
+A row grows until it holds ``c`` tokens. Then it keeps its first ``a``, its separators, of which there may be ``s``, and its last ``w``.
+Rows stand side by side with their newest tokens in the last column, so a row that keeps fewer begins with empty columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sepllm.layout import KeyRanges, Reach
+
+EMPTY = -1
+"""Place of a column that holds no text: the row has fewer tokens than others, or padding stood there."""
+
+When = Literal["never", "before reading", "after reading"]
+"""Whether a compression comes before the new tokens read, so that they see what it left, or after, so that they see all that was there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheBudget:
+    """How many tokens of each kind one layer keeps."""
+
+    initial: int
+    """``a`` in the paper: first tokens of the text."""
+    separators: int
+    """``s``: separators that stand between the initial tokens and the local window."""
+    local: int
+    """``w``: newest tokens, all of which survive."""
+    total: int
+    """``c``: a row that holds this many is compressed."""
+
+    def __post_init__(self) -> None:
+        if self.initial < 0:
+            raise ValueError(f"init_cache_size is {self.initial}: it counts tokens and must be 0 or more.")
+        for name, size in (("sep_cache_size", self.separators), ("local_size", self.local)):
+            if size < 1:
+                raise ValueError(f"{name} is {size}: it counts tokens and must be 1 or more.")
+        if self.after_compression >= self.total:
+            raise ValueError(
+                f"init_cache_size ({self.initial}) + sep_cache_size ({self.separators}) + local_size ({self.local}) must be less than cache_size "
+                f"({self.total}): raise cache_size above {self.after_compression}, or lower the others."
+            )
+
+    @property
+    def after_compression(self) -> int:
+        """The most tokens that a compressed row holds."""
+        return self.initial + self.separators + self.local
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTokens:
+    """The tokens that a cache holds: each column of a row is one token, oldest first, newest last."""
+
+    ids: Tensor
+    """``[B, S]`` int64"""
+    places: Tensor
+    """``[B, S]`` int64: the token's place in its text, ascending; `EMPTY` in the columns before a row's first token."""
+    positions: Tensor
+    """``[B, S]`` int64: the position that the model was told when the token came."""
+    window_start: Tensor
+    """``[B, 1]`` int64: place at which the past window begins; every token from there on is stored."""
+    counts: Tensor
+    """``[B]`` int64, always on the CPU, like the next two: how many columns of each row hold text."""
+    texts: Tensor
+    """Tokens of each row that ever came."""
+    growth: Tensor
+    """By how much an unbounded row has outgrown its budget of separators, and so its total."""
+    lockstep: Lockstep | None = None
+
+    @classmethod
+    def none(cls, rows: int, device: torch.device | str | None = None) -> StoredTokens:
+        """No tokens yet, in so many rows."""
+        nothing = torch.zeros(rows, 0, dtype=torch.int64, device=device)
+        zeros = torch.zeros(rows, dtype=torch.int64)
+        return cls(ids=nothing, places=nothing, positions=nothing, window_start=nothing.new_zeros(rows, 1), counts=zeros, texts=zeros, growth=zeros)
+
+    @property
+    def width(self) -> int:
+        """``S``"""
+        return self.ids.shape[1]
+
+    @property
+    def has_empty_columns(self) -> bool:
+        """Whether any row holds fewer tokens than there are columns. Waits for no device."""
+        return bool((self.counts != self.width).any())
+
+    def first_columns(self) -> Tensor:
+        """The column of each row's first token. ``[B, 1]`` int64"""
+        return (self.places == EMPTY).sum(1, keepdim=True)
+
+    def slots(self) -> Tensor:
+        """The number of each token among those its row holds; 0 in empty columns. ``[B, S]`` int64"""
+        return (torch.arange(self.width, device=self.ids.device) - self.first_columns()).clamp_(min=0)
+
+    def append(self, ids: Tensor, *, is_text: Tensor | None = None, positions: Tensor | None = None) -> StoredTokens:
+        """With ``ids [B, T]`` in T more columns. ``is_text [B, T]`` bool: False on padding, which may only stand before a row's text.
+
+        ``positions [B, T]`` (by default the places in the text) are only kept, not looked at. Without ``is_text`` no device is waited for.
+        """
+        rows, length = ids.shape
+        last = self.places[:, -1:] if self.width else torch.full_like(self.window_start, EMPTY)
+        if is_text is None:
+            places = last + torch.arange(1, length + 1, device=ids.device)
+            added = torch.tensor(length)
+        else:
+            places = torch.where(is_text, last + is_text.cumsum(1), EMPTY)
+            added = is_text.sum(1).cpu()
+        return replace(
+            self,
+            ids=torch.cat([self.ids, ids.long()], 1),
+            places=torch.cat([self.places, places], 1),
+            positions=torch.cat([self.positions, places.clamp(min=0) if positions is None else positions.long().expand(rows, -1)], 1),
+            counts=self.counts + added,
+            texts=self.texts + added,
+        )
+
+    def select(self, rows: Tensor) -> StoredTokens:
+        """These rows, in this order; rows may repeat (beams). ``rows`` int64. Waits for a device where rows differ in size."""
+        sizes = torch.stack([self.counts, self.texts, self.growth])
+        are_equal = bool((sizes == sizes[:, :1]).all())
+        sizes = sizes[:, :1].expand(-1, len(rows)) if are_equal else sizes[:, rows.cpu()]
+        here = rows.to(self.ids.device)
+        return replace(
+            self,
+            ids=self.ids.index_select(0, here),
+            places=self.places.index_select(0, here),
+            positions=self.positions.index_select(0, here),
+            window_start=self.window_start.index_select(0, here),
+            counts=sizes[0],
+            texts=sizes[1],
+            growth=sizes[2],
+        )
+
+    def gather(self, source: Tensor) -> StoredTokens:
+        """With column ``source[b, s]`` of row b in its column s. ``source [B, S']`` int64"""
+        return replace(self, ids=self.ids.gather(1, source), places=self.places.gather(1, source), positions=self.positions.gather(1, source))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compression:
+    """What a cache holds after some rows were compressed, and where that was before."""
+
+    stored: StoredTokens
+    source: Tensor
+    """``[B, S']`` int64: the old column of each new one. In empty columns it is 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachePolicy:
+    """Each row by itself: what it keeps depends on its own text only, neither on padding nor on the other rows."""
+
+    budget: CacheBudget
+    separator_ids: frozenset[int]
+    accumulates: bool = True
+    """Keep separators that earlier compressions kept. Otherwise only those of the latest past window."""
+    is_bounded: bool = True
+    """Keep the newest ``s`` separators. Otherwise all of them, and ``c`` grows with what exceeds ``s``."""
+
+    def begin(self, stored: StoredTokens) -> StoredTokens:
+        """What this policy has to know of the prompt, ``stored``: nothing."""
+        return stored
+
+    def limits(self, stored: StoredTokens) -> Tensor:
+        """How many tokens make each row due for compression. ``[B]`` int64 on the CPU"""
+        return self.budget.total + stored.growth
+
+    def compress(self, stored: StoredTokens) -> Compression | None:
+        """What is kept of the rows that are due; None if none is. Only then is a device waited for, once, to learn the new counts."""
+        due = stored.counts >= self.limits(stored)
+        if not bool(due.any()):
+            return None
+        is_due = due.to(stored.ids.device)[:, None]
+        local_start = stored.places[:, -1:] - (self.budget.local - 1)
+        is_separator = self._kept_separators(stored, local_start)
+        is_initial = stored.places < self.budget.initial
+        is_kept = (stored.places != EMPTY) & (~is_due | is_initial | is_separator | (stored.places >= local_start))
+        counts, separators = torch.stack([is_kept.sum(1), is_separator.sum(1)]).cpu()
+        width = int(counts.max())
+        source = _newest_last(is_kept, width)
+        kept = stored.gather(source)
+        is_empty = torch.arange(width, device=source.device) < (width - counts.to(source.device))[:, None]
+        return Compression(
+            stored=replace(
+                kept,
+                places=kept.places.masked_fill(is_empty, EMPTY),
+                window_start=torch.where(is_due, local_start, stored.window_start),
+                counts=counts,
+                growth=stored.growth if self.is_bounded else torch.maximum(stored.growth, (separators - self.budget.separators) * due),
+            ),
+            source=source,
+        )
+
+    def _kept_separators(self, stored: StoredTokens, local_start: Tensor) -> Tensor:
+        """Which columns a compression keeps because they are separators. ``[B, S]`` bool"""
+        between = (stored.places >= self.budget.initial) & (stored.places < local_start)
+        if not self.accumulates:
+            between &= stored.places >= stored.window_start
+        is_separator = _is_any(stored.ids, self.separator_ids) & between
+        return is_separator & (_rank_from_last(is_separator) <= self.budget.separators) if self.is_bounded else is_separator
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lockstep:
+    """What the reference implementation remembers of all rows together."""
+
+    offset: int = 0
+    """The most padding ids that any row had in the prompt, wherever they stood: so many more columns count as initial."""
+    separators_end: int = 0
+    """Column after the separators; 0 before the first compression."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReferencePolicy:
+    """All rows in lockstep, as the reference implementation has it, for comparison with published traces.
+
+    Padding is stored and counted. Rows get equally many separators: as many as the poorest row has, the oldest ones first; or, with
+    ``fills_rows``, as many as the richest, where the others repeat tokens of their past window.
+    """
+
+    budget: CacheBudget
+    separator_ids: frozenset[int]
+    padding_id: int
+    accumulates: bool = True
+    is_bounded: bool = True
+    fills_rows: bool = False
+
+    def begin(self, stored: StoredTokens) -> StoredTokens:
+        """With the offset that the prompt, ``stored``, leads to."""
+        return replace(stored, lockstep=Lockstep(offset=int((stored.ids == self.padding_id).sum(1).max())))
+
+    def limits(self, stored: StoredTokens) -> Tensor:
+        """How many columns make the rows due for compression. ``[B]`` int64 on the CPU, all equal"""
+        return self.budget.total + stored.growth
+
+    def compress(self, stored: StoredTokens) -> Compression | None:
+        """What is kept when the columns have reached ``c``; None before that."""
+        if stored.width < int(self.limits(stored).max()):
+            return None
+        assert stored.lockstep is not None
+        offset, growth = stored.lockstep.offset, int(stored.growth.max())
+        if self.budget.after_compression + offset >= self.budget.total:
+            raise ValueError(
+                f"The prompt holds {offset} padding ids in some row, and init_cache_size + sep_cache_size + local_size + {offset} must stay less "
+                f"than cache_size ({self.budget.total}): raise cache_size, or leave reference_compat off, where padding costs nothing."
+            )
+        head, local_start = self.budget.initial + offset, stored.width - self.budget.local
+        old_end = stored.lockstep.separators_end or head
+        columns = torch.arange(stored.width, device=stored.ids.device).expand(len(stored.ids), -1)
+        separators = self._new_separators(stored, old_end, local_start)
+        if self.accumulates:
+            separators = torch.cat([columns[:, head:old_end], separators], 1)
+        if self.is_bounded:
+            separators = separators[:, max(0, separators.shape[1] - self.budget.separators) :]
+        else:
+            growth = max(growth, separators.shape[1] - self.budget.separators)
+        source = torch.cat([columns[:, :head], separators, columns[:, local_start:]], 1)
+        kept = stored.gather(source)
+        counts = (kept.places != EMPTY).sum(1).cpu()
+        end = head + separators.shape[1]
+        kept = replace(kept, counts=counts, growth=torch.full_like(counts, growth), lockstep=Lockstep(offset=offset, separators_end=end))
+        return Compression(stored=kept, source=source)
+
+    def _new_separators(self, stored: StoredTokens, start: int, end: int) -> Tensor:
+        """Columns of what the past window ``start .. end`` gives to the separators. ``[B, equally many]``"""
+        is_separator = _is_any(stored.ids[:, start:end], self.separator_ids)
+        counts = is_separator.sum(1, keepdim=True)
+        most = int(counts.max() if self.fills_rows else counts.min())
+        number = torch.arange(most, device=stored.ids.device)
+        rank = is_separator.cumsum(1) - 1
+        slots = torch.where(is_separator & (rank < most), rank, most)
+        columns = torch.arange(start, end, device=stored.ids.device).expand_as(slots)
+        chosen = torch.zeros(len(slots), most + 1, dtype=torch.int64, device=slots.device).scatter_(1, slots, columns)[:, :most]
+        return torch.where(number < counts, chosen, end - most + number)
+
+
+Policy = CachePolicy | ReferencePolicy
+
+
+@dataclass(slots=True, kw_only=True)
+class TokenHistory:
+    """The tokens that layers of equal budgets hold, and what the latest of them changed; the keys are elsewhere."""
+
+    policy: Policy
+    stored: StoredTokens | None = None
+    num_columns: int = 0
+    """Columns that ever came, padding included."""
+    step: Step | None = None
+    """The latest."""
+    kept_sum: int = 0
+    """Tokens stored, added up over all steps so far and over rows."""
+    seen_sum: int = 0
+    """Tokens seen, likewise: the quotient is the share of the keys that this cache needs."""
+    has_compressed: bool = False
+
+    def advance(self, ids: Tensor, *, is_text: Tensor | None, positions: Tensor | None, compresses: When) -> Step:
+        """What becomes of the rows when ``ids [B, T]`` come."""
+        is_first = self.stored is None
+        stored = StoredTokens.none(len(ids), ids.device) if self.stored is None else self.stored
+        stored = stored.append(ids, is_text=is_text, positions=positions)
+        stored = self.policy.begin(stored) if is_first else stored
+        compression = None if compresses == "never" else self.policy.compress(stored)
+        self.stored = stored if compression is None else compression.stored
+        self.has_compressed |= compression is not None
+        self.num_columns += ids.shape[1]
+        self.step = Step(
+            reads=self.stored if compresses == "before reading" else stored,
+            source=None if compression is None else compression.source,
+            num_new=ids.shape[1],
+            is_first=is_first,
+            compresses=compresses,
+            limit=int(self.policy.limits(self.stored).max()),
+        )
+        is_reference = isinstance(self.policy, ReferencePolicy)
+        self.kept_sum += self.stored.width if is_reference else int(self.stored.counts.sum())
+        self.seen_sum += self.num_columns if is_reference else int(self.stored.texts.sum())
+        return self.step
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, in this order."""
+        if self.stored is not None:
+            self.stored = self.stored.select(rows)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.stored, self.step, self.num_columns, self.kept_sum, self.seen_sum, self.has_compressed = None, None, 0, 0, 0, False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What the latest tokens changed, for the layers that hold their keys."""
+
+    reads: StoredTokens
+    """What the new tokens may read, themselves included: they are the last `num_new` columns."""
+    source: Tensor | None
+    """As in `Compression`; None where nothing was compressed."""
+    num_new: int
+    is_first: bool
+    """Whether nothing was stored before."""
+    compresses: When
+    limit: int
+    """The most columns that a row may hold before it is compressed."""
+
+    def ranges(self, *, sliding_width: int | None = None) -> KeyRanges:
+        """What the new tokens read: all that their row holds up to themselves, ``sliding_width`` aside. Waits for no device."""
+        stored, device = self.reads, self.reads.ids.device
+        end = torch.arange(stored.width - self.num_new + 1, stored.width + 1, dtype=torch.int32, device=device).expand(len(stored.ids), -1)
+        first = torch.minimum(stored.first_columns().int(), end)
+        start = first
+        if sliding_width is not None:
+            places = stored.places[:, stored.width - self.num_new :]
+            start = torch.searchsorted(stored.places.contiguous(), (places - sliding_width).clamp(min=0), out_int32=True)
+        reach = Reach.without_far_keys(num_keys=stored.width, first=first, end=end.contiguous())
+        is_causal = sliding_width is None and not stored.has_empty_columns
+        return reach.ranges(torch.minimum(start, end), longest_band=stored.width, is_causal=is_causal)
+
+
+def _is_any(ids: Tensor, wanted: frozenset[int]) -> Tensor:
+    return torch.isin(ids, torch.tensor(sorted(wanted), dtype=ids.dtype, device=ids.device))
+
+
+def _rank_from_last(flags: Tensor) -> Tensor:
+    """How many flags of a row stand in a column or after it. ``[B, S]`` int64"""
+    return flags.flip(1).cumsum(1).flip(1)
+
+
+def _newest_last(is_kept: Tensor, width: int) -> Tensor:
+    """The kept columns of each row, in order, at the right of ``width`` columns; 0 in those left over. ``[B, width]`` int64"""
+    rows, old_width = is_kept.shape
+    target = torch.where(is_kept, width - _rank_from_last(is_kept), width)
+    columns = torch.arange(old_width, device=is_kept.device).expand(rows, -1)
+    return torch.zeros(rows, width + 1, dtype=torch.int64, device=is_kept.device).scatter_(1, target, columns)[:, :width]
