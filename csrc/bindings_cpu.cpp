@@ -5,10 +5,24 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "bindings.h"
+#include "bindings_cross_entropy.h"
+#include "bindings_gelu.h"
+#include "bindings_layer_norm.h"
+#include "bindings_masked_softmax.h"
+#include "bindings_rotary.h"
+#include "cross_entropy_cpu.h"
+#include "gelu_cpu.h"
+#include "layer_norm_cpu.h"
+#include "masked_softmax_cpu.h"
+#include "rotary_cpu.h"
 #include "sep_attention_cpu.h"
 
 namespace {
 using at::Tensor;
+using sepllm::computed_in;
+using sepllm::stored_as;
+using sepllm::with_adjacent_heads;
 using OptionalTensor = std::optional<Tensor>;
 
 sepllm::Storage storage_of(const Tensor& x) {
@@ -20,9 +34,6 @@ sepllm::Storage storage_of(const Tensor& x) {
     default: TORCH_CHECK_VALUE(false, "sep_attention computes float32, float64, bfloat16 and float16, but q is ", x.scalar_type(), ".");
   }
 }
-
-// Neighbouring elements of a head; any strides otherwise.
-Tensor with_adjacent_heads(const Tensor& x) { return x.stride(3) == 1 || x.size(3) == 1 ? x : x.contiguous(); }
 
 sepllm::Strides strides_of(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2)}; }
 
@@ -185,6 +196,116 @@ std::tuple<Tensor, Tensor, Tensor> sep_attention_backward(const Tensor& grad_out
   return {dq, dk, dv};
 }
 
+// --- cross-entropy ------------------------------------------------------------------------------------------------------------------
+
+// Rows per task: enough work to be worth a thread.
+int64_t rows_per_task(int64_t columns) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, columns)); }
+
+void check_labels(const Tensor& labels, int64_t first_label, int64_t columns) {
+  const Tensor values = labels.contiguous();
+  const int64_t* at = values.const_data_ptr<int64_t>();
+  for (int64_t row = 0; row < values.numel(); ++row)
+    TORCH_CHECK_VALUE(at[row] >= first_label && at[row] < first_label + columns, "labels[", row, "] is ", at[row], ", outside the vocabulary ",
+                      first_label, " .. ", first_label + columns - 1, ": mask a token by its loss, and give it any label inside.");
+}
+
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_statistics(const Tensor& logits, const Tensor& labels, int64_t first_label, bool is_shard) {
+  sepllm::check_logits(logits, labels);
+  if (!is_shard) check_labels(labels, first_label, logits.size(1));
+  return sepllm::cross_entropy_statistics_by(
+      logits, labels, first_label, is_shard, [](sepllm::Storage storage, const sepllm::StatisticsArgs& args) {
+        at::parallel_for(0, args.rows, rows_per_task(args.columns),
+                         [&](int64_t first, int64_t last) { sepllm::cross_entropy_statistics(storage, args, first, last); });
+      });
+}
+
+void write_cross_entropy_gradient(sepllm::Storage storage, const sepllm::GradientArgs& args) {
+  at::parallel_for(0, args.rows, rows_per_task(args.columns),
+                   [&](int64_t first, int64_t last) { sepllm::cross_entropy_gradient(storage, args, first, last); });
+}
+
+void cross_entropy_write_gradient(const Tensor& logits, const Tensor& labels, const Tensor& maximum, const Tensor& total, const Tensor& grad_losses,
+                                  int64_t first_label) {
+  sepllm::cross_entropy_write_gradient_by(logits, labels, maximum, total, grad_losses, first_label, write_cross_entropy_gradient);
+}
+
+Tensor cross_entropy_gradient(const Tensor& logits, const Tensor& labels, const Tensor& maximum, const Tensor& total, const Tensor& grad_losses,
+                              int64_t first_label) {
+  return sepllm::cross_entropy_gradient_by(logits, labels, maximum, total, grad_losses, first_label, write_cross_entropy_gradient);
+}
+
+// --- rotary embeddings --------------------------------------------------------------------------------------------------------------
+
+// Tokens per task: enough work to be worth a thread.
+int64_t tokens_per_task(const sepllm::RotaryArgs& args) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, args.heads.row_size())); }
+
+void rotate_packed(const Tensor& packed, const Tensor& cos, const Tensor& sin, int64_t num_heads, int64_t num_kv_heads, int64_t head_size) {
+  sepllm::rotate_packed_by(packed, cos, sin, num_heads, num_kv_heads, head_size, [](sepllm::Storage storage, const sepllm::RotaryArgs& args) {
+    at::parallel_for(0, args.batch * args.tokens, tokens_per_task(args),
+                     [&](int64_t first, int64_t last) { sepllm::rotate_packed(storage, args, first, last); });
+  });
+}
+
+Tensor rotate_packed_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& cos, const Tensor& sin) {
+  return sepllm::rotate_packed_backward_by(dq, dk, dv, cos, sin, [](sepllm::Storage storage, const sepllm::RotaryGradientArgs& args) {
+    at::parallel_for(0, args.batch * args.tokens, tokens_per_task(args),
+                     [&](int64_t first, int64_t last) { sepllm::rotate_packed_backward(storage, args, first, last); });
+  });
+}
+
+// --- layer norms --------------------------------------------------------------------------------------------------------------------
+
+std::tuple<std::vector<Tensor>, Tensor, Tensor> layer_norms(const Tensor& x, at::TensorList weights, at::TensorList biases, double epsilon) {
+  return sepllm::layer_norms_by(x, weights, biases, epsilon, [](sepllm::Storage storage, const sepllm::LayerNormForwardArgs& args) {
+    at::parallel_for(0, args.rows, rows_per_task(args.size), [&](int64_t first, int64_t last) { sepllm::layer_norm(storage, args, first, last); });
+  });
+}
+
+std::vector<Tensor> layer_norms_backward(at::TensorList grads, const Tensor& x, at::TensorList weights, at::TensorList biases, const Tensor& mean,
+                                         const Tensor& rstd) {
+  return sepllm::layer_norms_backward_by(
+      grads, x, weights, biases, mean, rstd, sepllm::layer_norm_partial_bytes,
+      [](sepllm::Storage storage, const sepllm::LayerNormBackwardArgs& args) {
+        at::parallel_for(0, sepllm::layer_norm_segments(args.rows), 1,
+                         [&](int64_t first, int64_t last) { sepllm::layer_norm_backward(storage, args, first, last); });
+        at::parallel_for(0, 2 * args.norms, 1, [&](int64_t first, int64_t last) { sepllm::layer_norm_backward_sum(storage, args, first, last); });
+      });
+}
+
+// --- bias + GELU --------------------------------------------------------------------------------------------------------------------
+
+Tensor bias_gelu(const Tensor& x, const OptionalTensor& bias, bool is_tanh) {
+  return sepllm::bias_gelu_by(x, bias, is_tanh, [](sepllm::Storage storage, const sepllm::GeluForwardArgs& args) {
+    at::parallel_for(0, args.rows, rows_per_task(args.columns),
+                     [&](int64_t first, int64_t last) { sepllm::gelu_forward(storage, args, first, last); });
+  });
+}
+
+std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor& grad_out, const Tensor& x, const OptionalTensor& bias, bool is_tanh) {
+  return sepllm::bias_gelu_backward_by(grad_out, x, bias, is_tanh, [](sepllm::Storage storage, const sepllm::GeluBackwardArgs& args) {
+    at::parallel_for(0, sepllm::gelu_segments(args.rows), 1,
+                     [&](int64_t first, int64_t last) { sepllm::gelu_backward(storage, args, first, last); });
+    if (args.bias != nullptr)
+      at::parallel_for(0, args.columns, 1024, [&](int64_t first, int64_t last) { sepllm::gelu_backward_sum(storage, args, first, last); });
+  });
+}
+
+// --- masked softmax -----------------------------------------------------------------------------------------------------------------
+
+Tensor masked_softmax(const Tensor& scores, const Tensor& is_read, double scale) {
+  return sepllm::masked_softmax_by(scores, is_read, scale, [](sepllm::Storage storage, const sepllm::MaskedSoftmaxForwardArgs& args) {
+    at::parallel_for(0, args.rows, rows_per_task(args.columns),
+                     [&](int64_t first, int64_t last) { sepllm::masked_softmax(storage, args, first, last); });
+  });
+}
+
+Tensor masked_softmax_backward(const Tensor& grad_weights, const Tensor& weights, double scale) {
+  return sepllm::masked_softmax_backward_by(grad_weights, weights, scale, [](sepllm::Storage storage, const sepllm::MaskedSoftmaxBackwardArgs& args) {
+    at::parallel_for(0, args.rows, rows_per_task(args.columns),
+                     [&](int64_t first, int64_t last) { sepllm::masked_softmax_backward(storage, args, first, last); });
+  });
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(sepllm, m) {
@@ -197,9 +318,35 @@ TORCH_LIBRARY_FRAGMENT(sepllm, m) {
       "Tensor band_hi, Tensor? slopes, Tensor? query_positions, Tensor? key_positions, Tensor? extremes_lo, Tensor? extremes_hi, Tensor out, "
       "Tensor lse, Tensor extremes, Tensor extreme_keys, float scale, int softmax, float numerator_bias, float denominator_bias) "
       "-> (Tensor, Tensor, Tensor)");
+  m.def("cross_entropy_statistics(Tensor logits, Tensor labels, int first_label, bool is_shard) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "cross_entropy_write_gradient(Tensor(a!) logits, Tensor labels, Tensor maximum, Tensor total, Tensor grad_losses, int first_label) -> ()");
+  m.def("cross_entropy_gradient(Tensor logits, Tensor labels, Tensor maximum, Tensor total, Tensor grad_losses, int first_label) -> Tensor");
+  m.def("cross_entropy_losses(Tensor logits, Tensor labels, Tensor maximum, Tensor total, Tensor target, int first_label) -> Tensor");
+  m.def("rotate_packed(Tensor(a!) packed, Tensor cos, Tensor sin, int num_heads, int num_kv_heads, int head_size) -> ()");
+  m.def("rotate_packed_backward(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin) -> Tensor");
+  m.def("layer_norms(Tensor x, Tensor[] weights, Tensor[] biases, float epsilon) -> (Tensor[], Tensor, Tensor)");
+  m.def("layer_norms_backward(Tensor[] grads, Tensor x, Tensor[] weights, Tensor[] biases, Tensor mean, Tensor rstd) -> Tensor[]");
+  m.def("bias_gelu(Tensor x, Tensor? bias, bool is_tanh) -> Tensor");
+  m.def("bias_gelu_backward(Tensor grad_out, Tensor x, Tensor? bias, bool is_tanh) -> (Tensor, Tensor)");
+  m.def("masked_softmax(Tensor scores, Tensor is_read, float scale) -> Tensor");
+  m.def("masked_softmax_backward(Tensor grad_weights, Tensor weights, float scale) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(sepllm, CPU, m) {
   m.impl("sep_attention", sep_attention);
   m.impl("sep_attention_backward", sep_attention_backward);
+  m.impl("cross_entropy_statistics", cross_entropy_statistics);
+  m.impl("cross_entropy_write_gradient", cross_entropy_write_gradient);
+  m.impl("cross_entropy_gradient", cross_entropy_gradient);
+  m.impl("rotate_packed", rotate_packed);
+  m.impl("rotate_packed_backward", rotate_packed_backward);
+  m.impl("layer_norms", layer_norms);
+  m.impl("layer_norms_backward", layer_norms_backward);
+  m.impl("bias_gelu", bias_gelu);
+  m.impl("bias_gelu_backward", bias_gelu_backward);
+  m.impl("masked_softmax", masked_softmax);
+  m.impl("masked_softmax_backward", masked_softmax_backward);
 }
+
+TORCH_LIBRARY_IMPL(sepllm, CompositeExplicitAutograd, m) { m.impl("cross_entropy_losses", sepllm::cross_entropy_losses); }

@@ -44,44 +44,7 @@ constexpr int64_t kRows = 8;      // keys, or queries, of one register tile
 constexpr int64_t kAhead = 6;     // rows between the one that is copied and the one that is asked for
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
-// --- storage ------------------------------------------------------------------------------------------------------------------------
-
-struct BFloat16 {
-  uint16_t bits;
-};
-#if defined(__FLT16_MANT_DIG__)
-using Half = _Float16;
-#endif
-
-SEPLLM_INLINE float widen(float x) { return x; }
-SEPLLM_INLINE double widen(double x) { return x; }
-SEPLLM_INLINE float widen(BFloat16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, sizeof(wide));
-  return wide;
-}
-SEPLLM_INLINE void narrow(float x, float* to) { *to = x; }
-SEPLLM_INLINE void narrow(double x, double* to) { *to = x; }
-SEPLLM_INLINE void narrow(float x, BFloat16* to) {  // to nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  to->bits = static_cast<uint16_t>(x != x ? 0x7fc0 : rounded);
-}
-#if defined(__FLT16_MANT_DIG__)
-SEPLLM_INLINE float widen(Half x) { return static_cast<float>(x); }
-SEPLLM_INLINE void narrow(float x, Half* to) { *to = static_cast<Half>(x); }
-#endif
-
-template <typename S>
-struct ComputedIn {
-  using Type = float;
-};
-template <>
-struct ComputedIn<double> {
-  using Type = double;
-};
+// --- rows ---------------------------------------------------------------------------------------------------------------------------
 
 template <typename T>
 class Buffer {  // aligned to whole vectors; not initialised
@@ -851,20 +814,6 @@ void backward_tasks(const BackwardArgs& args, int64_t first, int64_t last) {
   specialise<S>(args, [&](auto row_size, auto adjusts) {
     for (int64_t number = first; number < last; ++number) backward_task<S, row_size, adjusts>(args, task_of(args, number));
   });
-}
-
-template <typename Visit>
-void with_storage(Storage storage, Visit visit) {
-  switch (storage) {
-    case Storage::kFloat: return visit(float{});
-    case Storage::kDouble: return visit(double{});
-    case Storage::kBFloat16: return visit(BFloat16{});
-#if defined(__FLT16_MANT_DIG__)
-    case Storage::kHalf: return visit(Half{});
-#else
-    case Storage::kHalf: return;
-#endif
-  }
 }
 
 }  // namespace

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "storage.h"
+
 namespace sepllm {
 
 struct Strides {
@@ -41,8 +43,6 @@ struct BackwardArgs : AttentionArgs {
   Strides grad_out_strides;
   void *dq, *dk, *dv, *slab;
 };
-
-enum class Storage { kFloat, kDouble, kBFloat16, kHalf };
 
 // Tasks are independent of one another and of the order in which they run.
 int64_t attention_tasks(const AttentionArgs& args);

@@ -19,10 +19,10 @@ from typing import Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from sepllm.ops.extension import COMPILERS, cache_dir, find_compiler, locked
+from sepllm.ops.extension import COMPILERS, cache_dir, find_compiler, locked, source_dir
 
 MODULE = "sepllm_dataset_index"
-SOURCE = Path(__file__).parents[2] / "csrc" / "dataset_index.cpp"
+SOURCE = source_dir() / "dataset_index.cpp"
 
 
 class _Functions(Protocol):

@@ -23,6 +23,8 @@ CUSTOM_GENERATE = "sepllm.hf.custom_generate"
 REGISTRY = "sepllm.attention.registry"
 PORTABLE_CORES = ("sdpa", "chunked", "dense")
 """Attention cores that need torch only, and so travel with a checkpoint."""
+PLAIN_FORMS = {"from sepllm.ops.masked_softmax import": "from sepllm.ops.attention_reference import"}
+"""Compiled operators of these cores, and where a function of the same name in plain torch is."""
 
 
 def write_bundle(folder: str | Path) -> list[Path]:
@@ -75,6 +77,8 @@ def _sources(model: str) -> dict[str, str]:
             assert spec is not None, module
             assert spec.origin is not None, module
             text = Path(spec.origin).read_text(encoding="utf-8")
+            for compiled, plain in PLAIN_FORMS.items():
+                text = text.replace(compiled, plain)
             sources[module] = _with_portable_cores(text) if module == REGISTRY else text
             imported = {node.module or "" for node in ast.walk(ast.parse(sources[module])) if isinstance(node, ast.ImportFrom)}
             wanted += [name for name in sorted(imported) if name.startswith("sepllm.")]

@@ -60,9 +60,7 @@ def attention(
     counts = is_read
     if adjustment is not None and adjustment.extremes is not None:
         counts = (keys >= adjustment.extremes[0][..., None]) & (keys < adjustment.extremes[1][..., None])
-    k, v = (x.masked_fill(~seen.any(1)[..., None, None], 0) for x, seen in ((k, is_read | counts), (v, is_read)))
-    groups = q.shape[2] // k.shape[2]
-    k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
+    k, v = repeated_where_read(k, is_read | counts, q.shape[2]), repeated_where_read(v, is_read, q.shape[2])
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("btnh,bsnh->bnts", q, k).to(wide) * scale
     if bias is not None:
@@ -77,6 +75,18 @@ def attention(
         weights = weights * _adjusted(scores, counts[:, None], adjustment).masked_fill(~is_read, 0)
     weights = torch.nn.functional.dropout(weights, dropout)
     return torch.einsum("bnts,bsnh->btnh", weights.to(v.dtype), v), lse
+
+
+def masked_softmax(scores: Tensor, is_read: Tensor, *, scale: float = 1.0) -> Tensor:
+    """``softmax(scores * scale)`` over the keys read, 0 elsewhere, computed in at least fp32. `sepllm.ops.masked_softmax` in plain torch."""
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    masked = (scores.to(wide) * scale).masked_fill(~is_read, torch.finfo(wide).min)
+    return torch.softmax(masked, -1).masked_fill(~is_read, 0).to(scores.dtype)
+
+
+def repeated_where_read(x: Tensor, is_read: Tensor, num_heads: int) -> Tensor:
+    """Keys or values ``[B, S, K, H]``, a copy for each of the queries' heads, 0 where no query looks. ``is_read [B, T, S]``"""
+    return x.masked_fill(~is_read.any(1)[..., None, None], 0).repeat_interleave(num_heads // x.shape[2], 2)
 
 
 def _adjusted(scores: Tensor, counts: Tensor, adjustment: Adjustment) -> Tensor:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import importlib.metadata
 import multiprocessing
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -76,10 +81,114 @@ def test_machine_without_a_compiler_is_told_what_to_install(tmp_path: Path, monk
         extension.build(tmp_path / "cache")
 
 
+def test_file_system_without_locks_is_named(tmp_path: Path, stub_sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some network mounts are."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(extension.fcntl, "flock", refuse)
+    with pytest.raises(ValueError, match=r"ops.lock cannot be locked .*No locks available.*Set XDG_CACHE_HOME to a folder on a local disk"):
+        extension.build(tmp_path / "cache")
+
+
 def test_cache_that_cannot_be_written_is_named(tmp_path: Path, stub_sources: Path) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
     with pytest.raises(ValueError, match=r"cannot hold the compiled operators .*XDG_CACHE_HOME"):
         extension.build(tmp_path / "cache")
+
+
+def test_cuda_sources_do_not_touch_the_cpu_library(tmp_path: Path, stub_sources: Path) -> None:
+    library = extension.build(tmp_path / "cache")
+    (stub_sources / "stub_cuda.cu").write_text("a kernel")
+    (stub_sources / "bindings_cuda.cpp").write_text("a binding")
+    assert extension.build(tmp_path / "cache") == library
+
+
+FAKE_NVCC = """#!/bin/sh
+# As much of nvcc as a build asks of it, with the C++ compiler.
+case "$*" in
+  --version) echo "a compiler"; exit ;;
+  *-shared*) for last; do :; done; c++ -shared -x c++ {source} -fPIC -o "$last" ;;
+  *) for last; do :; done; : > "$last" ;;
+esac
+"""
+
+
+@pytest.fixture
+def cuda_toolkit(tmp_path: Path, stub_sources: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A torch for CUDA and a stand-in for nvcc. Returns the CUDA source."""
+    import torch
+
+    (stub_sources / "bindings_cuda.cpp").write_text(STUB)
+    source = stub_sources / "stub_cuda.cu"
+    source.write_text(STUB)
+    home = tmp_path / "cuda"
+    (home / "bin").mkdir(parents=True)
+    (home / "bin" / "nvcc").write_text(FAKE_NVCC.format(source=source))
+    (home / "bin" / "nvcc").chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    return source
+
+
+def test_cuda_library_is_built_once_and_anew_when_a_kernel_changes(tmp_path: Path, cuda_toolkit: Path) -> None:
+    first = extension.build_cuda(tmp_path / "cache")
+    before = first.stat().st_mtime_ns
+    assert extension.build_cuda(tmp_path / "cache") == first
+    assert first.stat().st_mtime_ns == before
+    cuda_toolkit.write_text(STUB.replace("42", "43"))
+    assert extension.build_cuda(tmp_path / "cache") != first
+
+
+def test_torch_without_cuda_is_told_so_and_nothing_is_tried(tmp_path: Path, cuda_toolkit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(extension, "_compile", lambda *_: pytest.fail("a build was tried"))
+    with pytest.raises(ValueError, match=r"CUDA operators cannot be built: torch .* is built without CUDA.*python -m sepllm.ops.extension"):
+        extension.build_cuda(tmp_path / "cache")
+
+
+def test_machine_without_nvcc_is_told_what_to_install(tmp_path: Path, cuda_toolkit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match=r"no nvcc is on PATH or in CUDA_HOME/bin: install the CUDA toolkit, or set CUDA_HOME"):
+        extension.build_cuda(tmp_path / "cache")
+
+
+def test_command_builds_what_the_machine_can(
+    tmp_path: Path, stub_sources: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(extension, "why_no_cuda", lambda: "the reason")
+    extension.main()
+    assert re.fullmatch(r"CPU operators: .*/sepllm_ops.so\nCUDA operators: not built, the reason\n", capsys.readouterr().out)
+
+
+@pytest.mark.skipif(
+    int(importlib.metadata.version("setuptools").split(".")[0]) < 77, reason="pyproject.toml needs setuptools 77, which pip brings where it builds"
+)
+def test_wheel_carries_the_sources(tmp_path: Path) -> None:
+    """An installed package builds its operators from the copy in it."""
+    root = Path(__file__).parents[3]
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(root / name, checkout)
+    for name in ("csrc", "sepllm", "megatron"):
+        shutil.copytree(root / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+    command = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
+    built = subprocess.run([sys.executable, "-c", command, str(tmp_path)], cwd=checkout, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    with zipfile.ZipFile(tmp_path / built.stdout.splitlines()[-1]) as wheel:
+        wheel.extractall(tmp_path / "installed")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    command = "from sepllm.ops.extension import source_dir; print(source_dir())"
+    found = subprocess.run([sys.executable, "-c", command], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+    sources = Path(found.stdout.strip())
+    assert sources.is_relative_to(tmp_path / "installed")
+    wanted = {path.name: path.read_bytes() for path in (root / "csrc").iterdir() if path.is_file()}
+    assert {path.name: path.read_bytes() for path in sources.iterdir()} == wanted
 
 
 def test_sources_of_this_checkout_are_found() -> None:
@@ -112,6 +221,23 @@ for length, window, size, dtype in ((150, 20, 16, torch.float64), (300, 64, 64, 
         results.append([out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))])
     for ours, wanted in zip(*results):
         torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
+
+from sepllm.ops.layer_norm import Affine, two_layer_norms
+from sepllm.ops.rotary import rotate_packed
+for size, dtype in ((768, torch.float32), (1000, torch.float64), (7, torch.float32), (80, torch.bfloat16), (100, torch.float16)):
+    x = torch.randn(70, size, dtype=dtype, requires_grad=True)
+    packed = torch.randn(2, 5, 3 * size, dtype=dtype, requires_grad=True)
+    cos, sin = (torch.rand(2, 5, 1, dtype=dtype).expand(2, 5, size // 2 * 2) for _ in range(2))
+    weights = [torch.randn(size, dtype=dtype) for _ in range(4)]
+    results = []
+    for impl in ("native", "reference"):
+        normed = two_layer_norms(x, Affine(*weights[:2]), Affine(*weights[2:]), epsilon=1e-5, impl=impl)
+        turned = rotate_packed(packed * 1, cos, sin, num_heads=1, num_kv_heads=1, head_size=size, impl=impl)
+        outs = [*normed, *turned]
+        results.append([*outs, *torch.autograd.grad(outs, (x, packed), [out.detach().cos() for out in outs])])
+    close = 1e-4 if dtype in (torch.float32, torch.float64) else 4 * torch.finfo(dtype).eps
+    for ours, wanted in zip(*results):
+        torch.testing.assert_close(ours, wanted, rtol=close, atol=close)
 print("equal")
 """
 

@@ -1,0 +1,36 @@
+"""Which implementation `impl="auto"` is."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import torch
+
+from sepllm.ops import extension
+
+Impl = Literal["auto", "native", "reference"]
+
+
+@torch.compiler.assume_constant_result
+def is_native(impl: Impl, device_type: str) -> bool:
+    """Whether the compiled operator computes it; ``auto``: on a CPU for which it can be built, unless the environment says
+    ``SEPLLM_OPS=reference``.
+
+    Nowhere else, until a test on that kind of device has passed and is committed. A compiler asks once, and does not look inside.
+    """
+    if impl not in ("auto", "native", "reference"):
+        raise ValueError(f"impl is {impl!r}: use auto, native or reference.")
+    if impl == "auto" and (device_type != "cpu" or os.environ.get("SEPLLM_OPS") == "reference"):
+        return False
+    return impl == "native" or (impl == "auto" and extension.why_unavailable() is None)
+
+
+@torch.compiler.assume_constant_result
+def load(device_type: str) -> None:
+    """Loads the compiled operators of a device; ValueError where there are none."""
+    if device_type not in ("cpu", "cuda"):
+        raise ValueError(f"The compiled operators run on cpu and cuda, not on {device_type}: use impl='reference'.")
+    extension.load()
+    if device_type == "cuda":
+        extension.load_cuda()
