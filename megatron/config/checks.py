@@ -287,6 +287,15 @@ def _check_clipping_in_pipelines(settings: Settings, config: Config) -> Iterator
         yield Mistake(keys=("pipe_parallel_size", "zero_optimization.stage"), text=text)
 
 
+def _check_compile(settings: Settings, config: Config) -> Iterator[Mistake]:
+    if config.training.compile and config.parallel.zero_stage == 3:
+        text = "compile builds whole blocks, whose weights ZeRO stage 3 fetches in between: use stage 2, or set compile to false."
+        yield Mistake(keys=("compile", "zero_optimization.stage"), text=text)
+    if config.training.compile and config.training.recompute_granularity == "selective" and config.training.checkpoint_activations:
+        text = "compile decides itself what a block keeps: set recompute_granularity to full, or compile to false."
+        yield Mistake(keys=("compile", "recompute_granularity"), text=text)
+
+
 def _check_confirmed(settings: Settings, config: Config) -> Iterator[Mistake]:
     """Keys of saved configurations that repeat a result must agree with it."""
     for key, rule in KEYS.items():
@@ -319,5 +328,6 @@ _CONFIG_CHECKS: tuple[Callable[[Settings, Config], Iterator[Mistake]], ...] = (
     _check_padded_vocabulary,
     _check_cross_entropy,
     _check_clipping_in_pipelines,
+    _check_compile,
     _check_confirmed,
 )

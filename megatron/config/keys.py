@@ -151,6 +151,8 @@ _MODEL: dict[str, Rule] = {
         mup_output_temp=NUMBER,
         mup_attn_temp=NUMBER,
         mup_rp_embedding_mult=NUMBER,
+        rope_fusion=FLAG,
+        layernorm_fusion=FLAG,
     ),
     **_worked_out("model", "num_kv_heads", num_kv_heads=COUNT),
     **_worked_out("model", "intermediate_size", intermediate_size=COUNT, expansion_factor=number(minimum=0), mlp_multiple_of=COUNT),
@@ -272,6 +274,8 @@ _TRAINING: dict[str, Rule] = {
         exit_interval=COUNT,
         checkpoint_activations=FLAG,
         checkpoint_num_layers=COUNT,
+        recompute_granularity=choice("full", "selective"),
+        compile=FLAG,
     ),
     **_copied(
         "checkpoint",
@@ -406,8 +410,7 @@ _CONFIRMED: dict[str, Rule] = {
 _INERT: dict[str, Rule] = {
     **_inert(
         "the attention and norm kernels are chosen by `core` and by the device; the mathematics is the same",
-        "scaled_upper_triang_masked_softmax_fusion scaled_masked_softmax_fusion layernorm_fusion rmsnorm_fusion bias_dropout_fusion "
-        "rope_fusion detect_nvlink_pairs",
+        "scaled_upper_triang_masked_softmax_fusion scaled_masked_softmax_fusion rmsnorm_fusion bias_dropout_fusion detect_nvlink_pairs",
     ),
     **_inert(
         "block masks are written in closed form for each batch, in the kernel's own block size, and no batch compiles anything anew",

@@ -38,6 +38,8 @@ class ModelConfig(Group):
     norm: Literal["layernorm", "rmsnorm", "scalenorm", "non_parametric_layernorm"] = "layernorm"
     norm_epsilon: float = 1e-5
     """Of the chosen norm (`layernorm_epsilon`, `rms_norm_epsilon`, `scalenorm_epsilon`)."""
+    layernorm_fusion: bool = True
+    """The compiled operator (`sepllm.ops.layer_norm`) where the device has one that was tested and it is faster; false: plain torch."""
     use_qk_layernorm: bool = False
     pos_emb: Literal["rotary", "learned", "sinusoidal", "alibi", "rpe", "none"] = "learned"
     rotary_pct: float = 1.0
@@ -45,6 +47,8 @@ class ModelConfig(Group):
     rotary_emb_base: float = 10000.0
     rotary_save_freqs_buffer: bool = False
     """Keep `attention.rotary_emb.inv_freq` in checkpoints, as GPT-NeoX before 2023 did."""
+    rope_fusion: bool = True
+    """The compiled operator (`sepllm.ops.rotary`) where the device has one that was tested; false: plain torch."""
     rotary_angles: Literal["fp32", "fp16"] = "fp32"
     """fp16 repeats Pythia's own training, whose frequencies DeepSpeed had halved (coarse angles at far positions)."""
     opt_pos_emb_offset: int = 0
@@ -202,6 +206,10 @@ class TrainingConfig(Group):
     """Exit after a step that this divides, without saving."""
     checkpoint_activations: bool = False
     checkpoint_num_layers: int = 1
+    recompute_granularity: Literal["full", "selective"] = "full"
+    """With `checkpoint_activations`: all of a layer is computed again, or only what is cheap (norms, activations)."""
+    compile: bool = False
+    """`torch.compile` builds the blocks. Worth it where a step is long and runs often: compiling takes minutes."""
 
 
 class CheckpointConfig(Group):

@@ -66,6 +66,13 @@ def _activations(config: Config) -> MemoryPart:
     if not config.training.checkpoint_activations:
         return MemoryPart(name="activations", num_bytes=per_layer * layers, reason=f"{layers} layers")
     segments = -(-layers // config.training.checkpoint_num_layers)
+    if config.training.recompute_granularity == "selective":
+        kept = tokens * _kept_products_per_token(config) * _width(config)
+        return MemoryPart(
+            name="activations",
+            num_bytes=inputs * segments + kept * layers + per_layer * live,
+            reason=f"products and attention of {layers} layers, the rest of {live} recomputed at a time",
+        )
     return MemoryPart(
         name="activations",
         num_bytes=inputs * segments + per_layer * live,
@@ -81,6 +88,15 @@ def _saved_numbers_per_token(config: Config) -> int:
     inner = model.intermediate_size * (4 if gated else 2)
     sharded = 2 * model.hidden_size + 3 * keys_and_values // 2 + model.hidden_size + inner
     return 3 * model.hidden_size + sharded // config.parallel.model_parallel_size
+
+
+def _kept_products_per_token(config: Config) -> int:
+    """Of one block under selective recomputation: the results of its products with matrices and of attention."""
+    model = config.model
+    keys_and_values = 2 * model.num_kv_heads * (model.hidden_size // model.num_attention_heads)
+    gated = model.activation in GATED_ACTIVATIONS
+    sharded = 2 * model.hidden_size + keys_and_values + model.intermediate_size * (2 if gated else 1)
+    return 2 * model.hidden_size + sharded // config.parallel.model_parallel_size
 
 
 def _logits(config: Config) -> MemoryPart:

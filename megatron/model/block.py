@@ -8,7 +8,8 @@ from torch.nn import functional
 from megatron.config.schema import ModelConfig
 from megatron.model.mlp import MLP
 from megatron.model.norms import make_norm
-from megatron.model.self_attention import ForwardPass, SelfAttention
+from megatron.model.self_attention import LayerPass, SelfAttention
+from sepllm.ops.layer_norm import Affine, two_layer_norms
 
 
 class Block(nn.Module):
@@ -30,16 +31,25 @@ class Block(nn.Module):
         has_one_norm = config.gpt_j_residual and config.gpt_j_tied
         self.post_attention_layernorm = None if has_one_norm else make_norm(config.norm, config.hidden_size, epsilon=config.norm_epsilon)
         self.mlp = MLP(config)
+        self.fuses_norms = config.layernorm_fusion
 
-    def forward(self, hidden_BTD: Tensor, shared: ForwardPass) -> Tensor:
-        normed = self.input_layernorm(hidden_BTD)
-        attended = self._dropped(self.attention(normed, shared))
+    def forward(self, hidden_BTD: Tensor, shared: LayerPass) -> Tensor:
         if self.is_parallel:
-            second = normed if self.post_attention_layernorm is None else self.post_attention_layernorm(hidden_BTD)
-            return hidden_BTD + (attended + self._dropped(self.mlp(second)))
+            first, second = self._two_norms(hidden_BTD)
+            return hidden_BTD + (self._dropped(self.attention(first, shared)) + self._dropped(self.mlp(second)))
         assert self.post_attention_layernorm is not None
-        hidden_BTD = hidden_BTD + attended
+        hidden_BTD = hidden_BTD + self._dropped(self.attention(self.input_layernorm(hidden_BTD), shared))
         return hidden_BTD + self._dropped(self.mlp(self.post_attention_layernorm(hidden_BTD)))
+
+    def _two_norms(self, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the parallel residual's one input, for attention and for the MLP."""
+        first, second = self.input_layernorm, self.post_attention_layernorm
+        if second is None:
+            normed = first(hidden_BTD)
+            return normed, normed
+        if not (self.fuses_norms and isinstance(first, nn.LayerNorm) and isinstance(second, nn.LayerNorm)):
+            return first(hidden_BTD), second(hidden_BTD)
+        return two_layer_norms(hidden_BTD, Affine(first.weight, first.bias), Affine(second.weight, second.bias), epsilon=first.eps)
 
     def _dropped(self, branch: Tensor) -> Tensor:
         return functional.dropout(branch, self.hidden_dropout, self.training)

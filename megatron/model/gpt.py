@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, cast
 
 import torch
@@ -17,9 +18,11 @@ from megatron.model.cache import KeyValueCache
 from megatron.model.embedding import Embedding
 from megatron.model.init import initialise
 from megatron.model.norms import make_norm
-from megatron.model.self_attention import ForwardPass, rotary_dims
+from megatron.model.recompute import Recompute
+from megatron.model.self_attention import LayerPass, rotary_dims
 from sepllm.attention import PositionBias, prepare, spec_of
 from sepllm.layout import KeyRanges, TokenLayout
+from sepllm.ops.cross_entropy import cross_entropy as fused_cross_entropy
 from sepllm.pattern import Softmax
 from sepllm.positions import Positions, alibi_slopes, rotary_table
 
@@ -50,13 +53,14 @@ def build_model(config: Config, *, device: torch.device | str | None = None, dty
     """
     _refuse_unbuilt(config)
     device = torch.device(device) if device is not None else torch.get_default_device()
-    interval = config.training.checkpoint_num_layers if config.training.checkpoint_activations else None
     with torch.device("meta"):
-        model = GPTModel(config.model, core=config.attention.core, checkpoint_num_layers=interval)
+        model = GPTModel(config.model, core=config.attention.core, recompute=Recompute.of(config.training))
     model.to(dtype or DTYPES[config.precision.precision])
     if device.type != "meta":
         model.to_empty(device=device)
         initialise(model, config.model, seed=config.training.seed)
+        if config.training.compile:
+            model.compile_blocks()
     return model
 
 
@@ -83,13 +87,12 @@ class GPTModel(nn.Module):
     which is absent where the word embeddings serve.
     """
 
-    def __init__(self, config: ModelConfig, *, core: str = "auto", checkpoint_num_layers: int | None = None) -> None:
-        """``core``: which attention core computes. ``checkpoint_num_layers``: how many layers keep one activation between them and
-        are computed again for the backward pass; None keeps all activations."""
+    def __init__(self, config: ModelConfig, *, core: str = "auto", recompute: Recompute | None = None) -> None:
+        """``core``: which attention core computes. ``recompute``: what is computed again for the backward pass; None keeps all activations."""
         super().__init__()
         self.config = config
         self.core = core
-        self.checkpoint_num_layers = checkpoint_num_layers
+        self.recompute = recompute
         self.attention_cores: tuple[str, ...] = ()
         """Which core computed each layer of the last forward pass."""
         layers: dict[int, nn.Module] = {EMBEDDING: Embedding(config)}
@@ -111,7 +114,7 @@ class GPTModel(nn.Module):
         if embedding.position_embeddings is not None:
             positions.check_embedded(self.config.max_position_embeddings, offset=self.config.opt_pos_emb_offset)
         hidden_BTD = embedding(ids, positions.embedded)
-        hidden_BTD = self._blocks(hidden_BTD, self._shared(layout, positions, cache, like=hidden_BTD))
+        hidden_BTD = self._blocks(hidden_BTD, self._passes(layout, positions, cache, like=hidden_BTD))
         hidden_BTD = self.sequential[str(self.config.num_layers + 3)](hidden_BTD)
         if self.config.no_weight_tying:
             return self.sequential[str(self.config.num_layers + 4)](hidden_BTD)
@@ -122,22 +125,22 @@ class GPTModel(nn.Module):
         logits = self(batch.ids, batch.layout)
         return cross_entropy(logits, batch.labels, batch.loss_mask, in_fp32=not self.config.fp16_lm_cross_entropy)
 
-    def _blocks(self, hidden_BTD: Tensor, shared: ForwardPass) -> Tensor:
-        interval = self.checkpoint_num_layers
-        if interval is None or not (self.training and torch.is_grad_enabled()):
-            return self._run(hidden_BTD, shared, range(self.config.num_layers))
-        for first in range(0, self.config.num_layers, interval):
-            group = range(first, min(first + interval, self.config.num_layers))
-            hidden_BTD = checkpoint(self._run, hidden_BTD, shared, group, use_reentrant=False)
+    def _blocks(self, hidden_BTD: Tensor, passes: Sequence[LayerPass]) -> Tensor:
+        recompute = self.recompute
+        if recompute is None or not (self.training and torch.is_grad_enabled()):
+            return self._run(hidden_BTD, passes, range(self.config.num_layers))
+        for first in range(0, self.config.num_layers, recompute.num_layers):
+            group = range(first, min(first + recompute.num_layers, self.config.num_layers))
+            hidden_BTD = checkpoint(self._run, hidden_BTD, passes, group, use_reentrant=False, context_fn=recompute.contexts)
         return hidden_BTD
 
-    def _run(self, hidden_BTD: Tensor, shared: ForwardPass, group: range) -> Tensor:
+    def _run(self, hidden_BTD: Tensor, passes: Sequence[LayerPass], group: range) -> Tensor:
         for layer in group:
-            hidden_BTD = self.sequential[str(FIRST_BLOCK + layer)](hidden_BTD, shared)
+            hidden_BTD = self.sequential[str(FIRST_BLOCK + layer)](hidden_BTD, passes[layer])
         return hidden_BTD
 
-    def _shared(self, layout: TokenLayout, positions: Positions, cache: KeyValueCache | None, *, like: Tensor) -> ForwardPass:
-        """Positions as the blocks want them: tables of the dtype of ``like``, or slopes."""
+    def _passes(self, layout: TokenLayout, positions: Positions, cache: KeyValueCache | None, *, like: Tensor) -> list[LayerPass]:
+        """What each layer works with. Positions are as the blocks want them: tables of the dtype of ``like``, or slopes."""
         config = self.config
         rotary = bias = None
         if config.pos_emb == "rotary":
@@ -153,7 +156,11 @@ class GPTModel(nn.Module):
             bias = PositionBias(slopes=slopes, query_positions=positions.queries, key_positions=positions.keys)
         ranges = tuple(layout.ranges(layer) for layer in range(config.num_layers))
         self.attention_cores = self._prepared_cores(ranges, layout.pattern.softmax, bias, like=like)
-        return ForwardPass(ranges=ranges, cores=self.attention_cores, softmax=layout.pattern.softmax, rotary=rotary, bias=bias, cache=cache)
+        softmax = layout.pattern.softmax
+        return [
+            LayerPass(ranges=of_layer, core=core, softmax=softmax, rotary=rotary, bias=bias, cache=cache)
+            for of_layer, core in zip(ranges, self.attention_cores, strict=True)
+        ]
 
     def _prepared_cores(self, ranges: tuple[KeyRanges, ...], softmax: Softmax, bias: PositionBias | None, *, like: Tensor) -> tuple[str, ...]:
         """Which core computes each layer, all of them prepared, so that nothing is worked out inside a layer."""
@@ -162,6 +169,11 @@ class GPTModel(nn.Module):
             prepare(of_layer, spec_of(like, of_layer, softmax=softmax, bias=bias, dropout=dropout, needs_grad=torch.is_grad_enabled()), self.core)
             for of_layer in ranges
         )
+
+    def compile_blocks(self, *, backend: str = "inductor") -> None:
+        """Has `torch.compile` build the blocks, when they first run: one graph for all layers of the same window and core."""
+        for layer in range(self.config.num_layers):
+            self.sequential[str(FIRST_BLOCK + layer)].compile(fullgraph=True, backend=backend)
 
     def _check(self, ids: Tensor, layout: TokenLayout, cache: KeyValueCache | None) -> None:
         num_keys = layout.ids.shape[1]
@@ -198,11 +210,12 @@ class Output(nn.Module):
 def cross_entropy(logits: Tensor, labels: Tensor, loss_mask: Tensor, *, in_fp32: bool = True) -> Tensor:
     """``sum(loss * mask) / sum(mask)`` over the micro-batch, a scalar; 0 where the mask hides every token.
 
-    ``logits [B, T, V]``, ``labels [B, T]`` int64, ``loss_mask [B, T]`` float. ``in_fp32=False`` computes the losses in the logits'
-    dtype; their mean is in fp32 either way.
+    ``logits [B, T, V]``, ``labels [B, T]`` int64, ``loss_mask [B, T]`` float. **The backward pass may write over the logits.**
+    ``in_fp32=False`` computes the losses in the logits' dtype; their mean is in fp32 either way.
     """
     if in_fp32:
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        losses = fused_cross_entropy(logits.flatten(0, 1), labels.flatten())
+    else:
+        losses = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
     mask = loss_mask.flatten()
     return (losses * mask).sum() / mask.sum().clamp(min=1)

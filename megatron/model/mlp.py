@@ -9,10 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megatron.config.schema import ModelConfig
+from sepllm.ops.gelu import bias_gelu
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return bias_gelu(x, None, approximate="none")
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
-    return functional.gelu(x, approximate="tanh")
+    return bias_gelu(x, None, approximate="tanh")
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -20,7 +25,7 @@ def _identity(x: Tensor) -> Tensor:
 
 
 PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": functional.gelu,
+    "gelu": _gelu,
     "gelu_tanh": _gelu_tanh,
     "relu": functional.relu,
     "softsign": functional.softsign,
@@ -29,7 +34,7 @@ PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
 }
 GATED: dict[str, Callable[[Tensor], Tensor]] = {
-    "geglu": functional.gelu,
+    "geglu": _gelu,
     "reglu": functional.relu,
     "swiglu": functional.silu,
     "bilinear": _identity,

@@ -12,18 +12,20 @@ from megatron.model.cache import KeyValueCache
 from megatron.model.norms import make_norm
 from sepllm.attention import PositionBias, attend
 from sepllm.layout import KeyRanges
+from sepllm.ops.choice import Impl
+from sepllm.ops.rotary import Heads, rotate_packed, split_packed
 from sepllm.pattern import Softmax
 from sepllm.positions import apply_rotary, rotary_frequencies
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ForwardPass:
-    """What all layers of one forward pass share, worked out once."""
+class LayerPass:
+    """What one layer of a forward pass works with; layers with the same window and core may share it."""
 
-    ranges: tuple[KeyRanges, ...]
-    """What each layer's queries read."""
-    cores: tuple[str, ...]
-    """Which attention core computes each layer."""
+    ranges: KeyRanges
+    """What the queries read."""
+    core: str
+    """Which attention core computes."""
     softmax: Softmax
     rotary: tuple[Tensor, Tensor] | None
     """Cosines and sines, ``[B, T, R]``."""
@@ -49,6 +51,7 @@ class SelfAttention(nn.Module):
         self.num_kv_heads = config.num_kv_heads
         self.head_size = config.hidden_size // config.num_attention_heads
         self.attention_dropout = config.attention_dropout
+        self.rotary_impl: Impl = "auto" if config.rope_fusion else "reference"
         self.score_divisor = max(1, layer) if config.apply_query_key_layer_scaling else 1
         rows = (self.num_heads + 2 * self.num_kv_heads) * self.head_size
         self.query_key_value = nn.Linear(config.hidden_size, rows, bias=config.use_bias_in_attn_linear)
@@ -57,19 +60,15 @@ class SelfAttention(nn.Module):
         if config.pos_emb == "rotary" and config.rotary_save_freqs_buffer:
             self.rotary_emb = SavedFrequencies(config)
 
-    def forward(self, hidden_BTD: Tensor, shared: ForwardPass) -> Tensor:
-        q_BTNH, k_BTKH, v_BTKH = self._split(self.query_key_value(hidden_BTD))
-        if self.qk_layernorm is not None:
-            q_BTNH, k_BTKH = self.qk_layernorm(q_BTNH), self.qk_layernorm(k_BTKH)
-        if shared.rotary is not None:
-            q_BTNH, k_BTKH = apply_rotary(q_BTNH, *shared.rotary), apply_rotary(k_BTKH, *shared.rotary)
+    def forward(self, hidden_BTD: Tensor, shared: LayerPass) -> Tensor:
+        q_BTNH, k_BTKH, v_BTKH = self._heads(self.query_key_value(hidden_BTD), shared.rotary)
         if shared.cache is not None:
             k_BSKH, v_BSKH = shared.cache.append(self.layer, k_BTKH, v_BTKH)
         else:
             k_BSKH, v_BSKH = k_BTKH, v_BTKH
         return self.dense(self._attend(q_BTNH, k_BSKH, v_BSKH, shared).flatten(2))
 
-    def _attend(self, q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, shared: ForwardPass) -> Tensor:
+    def _attend(self, q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, shared: LayerPass) -> Tensor:
         """Query-key layer scaling divides the product of q and k by the layer's number, so that it fits fp16, and undoes it after."""
         scale = 1 / math.sqrt(self.head_size)
         if self.score_divisor > 1:
@@ -78,21 +77,25 @@ class SelfAttention(nn.Module):
             q_BTNH,
             k_BSKH,
             v_BSKH,
-            shared.ranges[self.layer],
+            shared.ranges,
             scale=scale,
-            core=shared.cores[self.layer],
+            core=shared.core,
             softmax=shared.softmax,
             bias=shared.bias,
             dropout=self.attention_dropout if self.training else 0.0,
         )
 
-    def _split(self, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, ``[B, T, heads, H]``."""
-        if self.num_kv_heads == self.num_heads:
-            q, k, v = packed.unflatten(-1, (self.num_heads, 3 * self.head_size)).chunk(3, -1)
-            return q, k, v
-        q, k, v = packed.unflatten(-1, (-1, self.head_size)).split([self.num_heads, self.num_kv_heads, self.num_kv_heads], 2)
-        return q, k, v
+    def _heads(self, packed: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Heads:
+        """Queries, keys and values, ``[B, T, heads, H]``, normed and rotated; ``packed`` is given up."""
+        num_heads, num_kv_heads, head_size = self.num_heads, self.num_kv_heads, self.head_size
+        if rotary is not None and self.qk_layernorm is None:
+            return rotate_packed(packed, *rotary, num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=head_size, impl=self.rotary_impl)
+        q, k, v = split_packed(packed, num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=head_size)
+        if self.qk_layernorm is not None:
+            q, k = self.qk_layernorm(q), self.qk_layernorm(k)
+        if rotary is not None:
+            q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+        return Heads(q, k, v)
 
 
 class SavedFrequencies(nn.Module):

@@ -83,7 +83,7 @@ class Reporter:
             samples=steps * self._config.batch.train_batch_size,
             elapsed_s=elapsed_s,
             world_size=self._config.runtime.world_size,
-            recomputes=self._config.training.checkpoint_activations,
+            recomputes=self._config.training.checkpoint_activations and self._config.training.recompute_granularity == "full",
             kept_ratio=ratios.attention_map,
             peak_tflops=self._config.logging.peak_theoretical_tflops,
         )

@@ -63,6 +63,8 @@ def test_what_contradicts_is_named_with_a_remedy(keys: dict[str, object], words:
     [
         ({"zero_optimization": {"stage": 2}, "pipe_parallel_size": 2}, "zero_optimization.stage 2 does not work with pipe_parallel_size 2"),
         ({"pipe_parallel_size": 2}, "clips by the norm of the first stage alone: set zero_optimization.stage to 1"),
+        ({"compile": True, "zero_optimization": {"stage": 3}}, "use stage 2, or set compile to false"),
+        ({"compile": True, "checkpoint_activations": True, "recompute_granularity": "selective"}, "set recompute_granularity to full"),
         ({"model_parallel_size": 4}, "needs a multiple of 4 devices and there are 2"),
     ],
 )

@@ -9,13 +9,13 @@ import torch
 
 from megatron.config.schema import ModelConfig
 from megatron.model.block import Block
-from megatron.model.self_attention import ForwardPass
+from megatron.model.self_attention import LayerPass
 from sepllm.layout import TokenLayout
 from sepllm.pattern import AttentionPattern, Standard
 
 MakeConfig = Callable[..., ModelConfig]
 LAYOUT = TokenLayout.from_ids(torch.zeros(2, 6, dtype=torch.int64), AttentionPattern.full(2))
-SHARED = ForwardPass(ranges=(LAYOUT.ranges(0), LAYOUT.ranges(1)), cores=("auto", "auto"), softmax=Standard(), rotary=None, bias=None, cache=None)
+SHARED = LayerPass(ranges=LAYOUT.ranges(0), core="auto", softmax=Standard(), rotary=None, bias=None, cache=None)
 
 
 def random_block(config: ModelConfig) -> Block:
@@ -30,6 +30,12 @@ def test_parallel_residual_adds_both_branches_of_the_input(make_config: MakeConf
     block, x = random_block(make_config()), torch.randn(2, 6, 48)
     expected = x + block.attention(block.input_layernorm(x), SHARED) + block.mlp(block.post_attention_layernorm(x))
     torch.testing.assert_close(block(x, SHARED), expected)
+
+
+def test_fused_norms_are_the_two_norms(make_config: MakeConfig) -> None:
+    fused, plain = random_block(make_config()), random_block(make_config(layernorm_fusion=False))
+    x = torch.randn(2, 6, 48)
+    torch.testing.assert_close(fused(x, SHARED), plain(x, SHARED))
 
 
 def test_tied_parallel_residual_has_one_norm(make_config: MakeConfig) -> None:

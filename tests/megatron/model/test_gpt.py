@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from megatron.config.loader import ConfigError
@@ -18,6 +20,7 @@ from megatron.config.size import model_size
 from megatron.model.cache import KeyValueCache
 from megatron.model.gpt import GPTModel, build_model, cross_entropy, parameter_count
 from megatron.model.init import initialise
+from megatron.model.recompute import Recompute
 from sepllm.layout import TokenLayout
 from sepllm.pattern import AttentionPattern, SelfAdjust, Softmax, Standard
 
@@ -55,6 +58,16 @@ GOLDEN = Path(__file__).parents[2] / "golden"
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+class CountOperators(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
 
 
 POSITIONS: dict[str, dict[str, object]] = {name: {"pos_emb": name} for name in ("rotary", "learned", "sinusoidal", "alibi", "none")}
@@ -379,10 +392,15 @@ def test_text_longer_than_the_learned_table_is_refused(make_config: MakeConfig) 
     model(ids, padded)
 
 
-@pytest.mark.parametrize("interval", [1, 2, 3])
-def test_activation_checkpointing_gives_the_same_gradients(interval: int, make_config: MakeConfig) -> None:
+@pytest.mark.parametrize("is_selective", [False, True])
+@pytest.mark.parametrize("core", ["auto", "sdpa", "dense"])
+@pytest.mark.parametrize("interval", [1, 3])
+def test_activation_checkpointing_gives_the_same_gradients(interval: int, core: str, is_selective: bool, make_config: MakeConfig) -> None:
     config = make_config(num_layers=4, hidden_dropout=0.1)
-    plain, checkpointed = random_model(config), GPTModel(config, checkpoint_num_layers=interval)
+    plain, checkpointed = (
+        random_model(config, core=core),
+        GPTModel(config, core=core, recompute=Recompute(num_layers=interval, is_selective=is_selective)),
+    )
     checkpointed.load_state_dict(plain.state_dict())
     batch = random_batch(config)
     for model in (plain, checkpointed):
@@ -394,7 +412,7 @@ def test_activation_checkpointing_gives_the_same_gradients(interval: int, make_c
 
 
 def test_activation_checkpointing_computes_the_blocks_again(make_config: MakeConfig) -> None:
-    model = random_model(make_config(), checkpoint_num_layers=1)
+    model = random_model(make_config(), recompute=Recompute(num_layers=1, is_selective=False))
     calls = 0
 
     def count(*_: object) -> None:
@@ -404,6 +422,41 @@ def test_activation_checkpointing_computes_the_blocks_again(make_config: MakeCon
     model.sequential["2"].mlp.linear1.register_forward_hook(count)
     model.loss(random_batch(model.config)).backward()
     assert calls == 2
+
+
+def test_selective_checkpointing_computes_no_product_and_no_attention_again(make_config: MakeConfig) -> None:
+    counts = {}
+    for name, recompute in (("plain", None), ("selective", Recompute(num_layers=1, is_selective=True))):
+        model, counter = random_model(make_config(), recompute=recompute), CountOperators()
+        with counter:
+            model.loss(random_batch(model.config)).backward()
+        counts[name] = counter.counts
+    kept = ("aten.addmm.default", "aten.mm.default", "sepllm.sep_attention.default", "sepllm.rotate_packed.default")
+    assert all(counts["selective"][operator] == counts["plain"][operator] > 0 for operator in kept)
+    assert counts["selective"]["sepllm.bias_gelu.default"] == 2 * counts["plain"]["sepllm.bias_gelu.default"]
+
+
+@pytest.mark.parametrize("recompute", [None, Recompute(num_layers=1, is_selective=False)])
+def test_compiled_blocks_give_the_same_loss_and_gradients_and_are_built_once_for_all_layers(
+    recompute: Recompute | None, make_config: MakeConfig
+) -> None:
+    config = make_config(num_layers=3)
+    plain, compiled = random_model(config), GPTModel(config, recompute=recompute)
+    compiled.load_state_dict(plain.state_dict())
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled.compile_blocks(backend="aot_eager")
+    for _ in range(2):
+        batch = random_batch(config)
+        losses = [model.loss(batch) for model in (plain, compiled)]
+        for model, loss in zip((plain, compiled), losses, strict=True):
+            model.zero_grad()
+            loss.backward()
+        torch.testing.assert_close(losses[1], losses[0])
+        expected = gradients(plain)
+        for name, gradient in gradients(compiled).items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_sparse_pattern_changes_the_answer_and_every_layer_has_its_own_window(make_config: MakeConfig) -> None:
@@ -456,9 +509,11 @@ def test_built_model_has_the_initial_weights_of_its_seed_in_the_runs_precision(p
 
 def test_built_model_takes_core_and_checkpointing_from_the_run(make_run: MakeRun) -> None:
     model = build_model(make_run({"attention": {"core": "dense"}, "training": {"checkpoint_activations": True, "checkpoint_num_layers": 2}}))
-    assert model.checkpoint_num_layers == 2
+    assert model.recompute == Recompute(num_layers=2, is_selective=False)
     assert model.core == "dense"
-    assert build_model(make_run({"training": {"checkpoint_num_layers": 2}})).checkpoint_num_layers is None
+    assert build_model(make_run({"training": {"checkpoint_num_layers": 2}})).recompute is None
+    selective = build_model(make_run({"training": {"checkpoint_activations": True, "recompute_granularity": "selective"}}))
+    assert selective.recompute == Recompute(num_layers=1, is_selective=True)
 
 
 def test_model_says_which_core_computed_each_layer(make_run: MakeRun) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron.config.schema import ModelConfig
-from megatron.model.self_attention import ForwardPass, SelfAttention
+from megatron.model.self_attention import LayerPass, SelfAttention
 from sepllm.layout import TokenLayout
 from sepllm.pattern import AttentionPattern
 
@@ -29,11 +29,9 @@ def random_attention(config: ModelConfig, **options: object) -> SelfAttention:
     return attention
 
 
-def plain_pass(rows: int, length: int, pattern: AttentionPattern, *, core: str = "auto") -> ForwardPass:
+def plain_pass(rows: int, length: int, pattern: AttentionPattern, *, core: str = "auto") -> LayerPass:
     layout = TokenLayout.from_ids(torch.randint(0, 9, (rows, length)), pattern)
-    layers = range(pattern.num_layers)
-    ranges, cores = tuple(layout.ranges(layer) for layer in layers), tuple(core for _ in layers)
-    return ForwardPass(ranges=ranges, cores=cores, softmax=pattern.softmax, rotary=None, bias=None, cache=None)
+    return LayerPass(ranges=layout.ranges(0), core=core, softmax=pattern.softmax, rotary=None, bias=None, cache=None)
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -85,7 +83,7 @@ def test_query_key_layer_scaling_keeps_large_scores_finite_in_fp16(make_config: 
     attention = random_attention(make_config(apply_query_key_layer_scaling=True, use_bias_in_attn_linear=False), layer=31)
     x = torch.randn(1, 9, 48) * 60
     shared = plain_pass(1, 9, AttentionPattern(windows=(4,) * 32), core="dense")
-    q, k, _ = attention._split(attention.query_key_value(x))
+    q, k, _ = attention._heads(attention.query_key_value(x), None)
     assert torch.einsum("btnh,bsnh->bnts", q, k).abs().max() > torch.finfo(torch.float16).max
     assert attention.half()(x.half(), shared).isfinite().all()
 
