@@ -1,1 +1,2 @@
-"""Benchmarks: attention alone (`python -m tools.bench.attention`) and the whole training step (`python -m tools.bench.train_step`)."""
+"""Benchmarks: attention alone (`attention`, `cores`), the whole training step (`train_step`, `profile_step`), growth with the length (`growth`), and
+the data loader (`loader`), each run as `python -m tools.bench.NAME`."""

@@ -1,14 +1,15 @@
-"""The contenders of the training-step benchmark: one model of this project under different patterns and attention cores.
+"""The contenders of the training-step benchmark: this project's model under different patterns and attention cores, and other frameworks'.
 
-All arms share one set of weights and one optimizer, whose learning rate is 0: every update does its work and changes nothing, so that each
-step of each arm starts from the same weights, the losses of arms that compute the same function must agree, and memory is paid once.
+All arms start from the same weights and their optimizers have the learning rate 0: every update does its work and changes nothing, so
+that each step of each arm starts from the same weights and the losses of arms that compute the same function must agree.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from megatron.config.loader import load_config
 from megatron.config.schema import Config
 from megatron.data.batch import Batch
-from megatron.model.gpt import build_model
+from megatron.model.gpt import GPTModel, build_model
 from megatron.model.self_attention import SelfAttention
 from megatron.optim.build import build_optimizer, set_learning_rate
 from megatron.optim.groups import parameter_groups
@@ -24,9 +25,14 @@ from sepllm.pattern import AttentionPattern
 from tools.bench.machine import ROOT
 from tools.bench.measure import clock_s
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
 PYTHIA_VOCAB = 50277
 PRECISIONS = {"fp32": "fp32", "bf16": "bfloat16"}
 """Names of dtypes in a configuration."""
+Framework = Literal["ours", "transformers", "litgpt"]
+Engine = Literal["plain", "deepspeed"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,19 +40,43 @@ class Arm:
     name: str
     pattern: Literal["full", "sepllm"]
     core: str
-    """Which attention core computes."""
+    """Which attention core computes. Other frameworks take torch's `sdpa`."""
     executes: Literal["causal", "square", "kept"]
     """Which pairs its attention computes: those up to the query, all, or those that the pattern keeps."""
+    framework: Framework = "ours"
+    is_unfused: bool = False
+    """Everything around attention, and the softmax in it, is plain torch, as in the reference implementation."""
+    is_autocast: bool = False
+    """bf16 by `torch.autocast` over float32 weights, instead of bf16 weights with float32 masters."""
+    is_compiled: bool = False
+    """By `torch.compile`: this project's blocks (`compile: true`), another framework's whole model."""
+
+    @property
+    def is_peer(self) -> bool:
+        return self.framework != "ours"
 
 
 ARMS = (
     Arm(name="full", pattern="full", core="sdpa", executes="causal"),
-    Arm(name="reference", pattern="sepllm", core="dense", executes="square"),
+    Arm(name="reference", pattern="sepllm", core="dense", executes="square", is_unfused=True),
     Arm(name="sepllm", pattern="sepllm", core="auto", executes="kept"),
 )
 """Full attention through torch's flash; the reference's way without a kernel, masked softmax over S x S; ours."""
 ONE_CORE_ARMS = tuple(Arm(name=core, pattern="sepllm", core=core, executes="kept") for core in ("fused_triton", "flex", "chunked"))
 """SepLLM by one core, whatever `auto` would take: for devices that nobody has measured."""
+FULL_AUTO = Arm(name="full_auto", pattern="full", core="auto", executes="causal")
+"""Full attention by the core that this project takes for it: on a CPU its own kernel."""
+COMPILED_ARMS = (
+    Arm(name="full_compiled", pattern="full", core="auto", executes="causal", is_compiled=True),
+    Arm(name="sepllm_compiled", pattern="sepllm", core="auto", executes="kept", is_compiled=True),
+)
+PEER_ARMS = tuple(
+    Arm(name=name + suffix, pattern="full", core="sdpa", executes="causal", framework=name, is_autocast=is_autocast, is_compiled=is_compiled)
+    for name in cast(tuple[Framework, ...], ("transformers", "litgpt"))
+    for suffix, is_autocast, is_compiled in (("", False, False), ("_autocast", True, False), ("_compiled", False, True))
+)
+"""Other frameworks: with the dtypes that ours has, in their own usual bf16, and compiled."""
+ALL_ARMS = {arm.name: arm for arm in (*ARMS, *ONE_CORE_ARMS, FULL_AUTO, *COMPILED_ARMS, *PEER_ARMS)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,44 +114,120 @@ def config_of(
     return load_config(paths, overrides=overrides, world_size=1, device="cuda" if device == "cuda" else "cpu", vocab_size=vocab_size)
 
 
-class Training:
-    """The model and optimizer that the arms share, and one step of one of them."""
+def pattern_of(arm: Arm, config: Config) -> AttentionPattern:
+    return config.attention.prefill if arm.pattern == "sepllm" else AttentionPattern.full(config.model.num_layers)
 
-    def __init__(self, config: Config, device: torch.device) -> None:
-        self.config, self.device = config, device
-        self.model = build_model(config, device=device).train()
-        self.update = Update(self.model, config, device)
 
-    def pattern(self, arm: Arm) -> AttentionPattern:
-        return self.config.attention.prefill if arm.pattern == "sepllm" else AttentionPattern.full(self.config.model.num_layers)
+class Contender(Protocol):
+    """One arm's model and how its framework computes a loss."""
 
-    def step(self, arm: Arm, text: Tensor, *, lr: float = 0.0) -> StepTime:
+    @property
+    def module(self) -> nn.Module: ...
+
+    def loss(self, run: nn.Module, text: Tensor) -> Tensor:
+        """Mean loss of the rows ``text [B, S + 1]`` int64. ``run``: the module, or the engine around it."""
+        ...
+
+    def attention_gradient(self) -> Tensor:
+        """Gradient of the first attention weights, rows per head ``q k v``, ``[3 D, D]``."""
+        ...
+
+
+class Ours:
+    """This project's model."""
+
+    def __init__(self, arm: Arm, config: Config, device: torch.device) -> None:
+        self.module = build_model(config, device=device).train()
+        self.module.core = arm.core
+        if arm.is_compiled:
+            self.module.compile_blocks()
+        self.pattern = pattern_of(arm, config)
+
+    def loss(self, run: nn.Module, text: Tensor) -> Tensor:
+        from megatron.training.step import batch_loss
+
+        batch = Batch.from_rows(text, self.pattern).to(next(self.module.parameters()).device)
+        return self.module.loss(batch) if run is self.module else batch_loss(cast("DeepSpeedEngine", run), batch)
+
+    def attention_gradient(self) -> Tensor:
+        (weight, *_) = (module.query_key_value.weight for module in self.module.modules() if isinstance(module, SelfAttention))
+        assert weight.grad is not None
+        return weight.grad
+
+
+class Trainee:
+    """One arm's model and optimizer, and one step of it."""
+
+    def __init__(self, arm: Arm, config: Config, device: torch.device, *, engine: Engine = "plain") -> None:
+        self.arm, self.config, self.device = arm, _in_precision_of(arm, config), device
+        self.engine = engine
+        self.contender: Contender = self._peer() if arm.is_peer else Ours(arm, self.config, device)
+        self._update: Update | None = None
+        self._engine: DeepSpeedEngine | None = None
+        if arm.is_compiled and arm.is_peer:
+            self.contender.module.compile()
+
+    def _peer(self) -> Contender:
+        from tools.bench.peers import build_peer
+
+        return build_peer(self.arm, self.config, self.device)
+
+    def check(self, text: Tensor) -> tuple[float, Tensor]:
+        """Loss of the rows ``text [B, S + 1]`` and the gradient of the first attention weights, float64 on the CPU. Before any step."""
+        assert self._update is None, "the optimizer is there"
+        assert self._engine is None, "the engine is there"
+        module = self.contender.module
+        with self._autocast():
+            loss = self.contender.loss(module, text)
+        loss.backward()
+        gradient = self.contender.attention_gradient().to("cpu", torch.float64)
+        module.zero_grad(set_to_none=True)
+        return loss.item(), gradient
+
+    def step(self, text: Tensor, *, lr: float = 0.0) -> StepTime:
         """One training step on the rows ``text [B, S + 1]`` int64."""
+        return self._engine_step(text, lr) if self.engine == "deepspeed" else self._plain_step(text, lr)
+
+    def _plain_step(self, text: Tensor, lr: float) -> StepTime:
+        if self._update is None:
+            self._update = Update(self.contender.module, self.config, self.device)
         start = clock_s(self.device)
-        loss = self._loss(arm, text)
+        with self._autocast():
+            loss = self.contender.loss(self.contender.module, text)
         computed = clock_s(self.device)
         loss.backward()
         differentiated = clock_s(self.device)
-        self.update.step(lr)
+        self._update.apply(lr)
         end = clock_s(self.device)
         return StepTime(forward_s=computed - start, backward_s=differentiated - computed, update_s=end - differentiated, loss=loss.item())
 
-    def disagreement(self, arm: Arm, text: Tensor) -> float:
-        """Distance of the arm's gradient of the first attention weights from what the portable core gives, over the latter's norm."""
-        ours, wanted = self._gradient(arm, text), self._gradient(replace(arm, core="chunked"), text)
-        return float((ours - wanted).norm() / wanted.norm())
+    def _engine_step(self, text: Tensor, lr: float) -> StepTime:
+        if self._engine is None:
+            self._engine = self._started_engine()
+        set_learning_rate(self._engine.optimizer, lr)
+        start = clock_s(self.device)
+        loss = self.contender.loss(cast(nn.Module, self._engine), text)
+        computed = clock_s(self.device)
+        self._engine.backward(loss)
+        differentiated = clock_s(self.device)
+        self._engine.step()
+        end = clock_s(self.device)
+        return StepTime(forward_s=computed - start, backward_s=differentiated - computed, update_s=end - differentiated, loss=loss.item())
 
-    def _gradient(self, arm: Arm, text: Tensor) -> Tensor:
-        (weight, *_) = (module.query_key_value.weight for module in self.model.modules() if isinstance(module, SelfAttention))
-        self._loss(arm, text).backward()
-        assert weight.grad is not None
-        gradient = weight.grad.double()
-        self.model.zero_grad(set_to_none=True)
-        return gradient
+    def _started_engine(self) -> DeepSpeedEngine:
+        from megatron.parallel.mesh import Mesh
+        from megatron.training.engine import build_engine
 
-    def _loss(self, arm: Arm, text: Tensor) -> Tensor:
-        self.model.core = arm.core
-        return self.model.loss(Batch.from_rows(text, self.pattern(arm)).to(self.device))
+        mesh = Mesh.start(self.config)
+        config = self.config
+        if self.arm.is_autocast:
+            config = config.model_copy(update={"deepspeed": {**config.deepspeed, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}})
+        engine = build_engine(cast(GPTModel, self.contender.module), config, mesh)
+        engine.train()
+        return engine
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.arm.is_autocast else nullcontext()
 
 
 class Update:
@@ -139,7 +245,7 @@ class Update:
             self.masters = list(master_of.values())
         self.optimizer = build_optimizer(groups, config.optimizer, device)
 
-    def step(self, lr: float) -> None:
+    def apply(self, lr: float) -> None:
         set_learning_rate(self.optimizer, lr)
         has_masters = self.masters is not self.parameters
         if has_masters:
@@ -155,7 +261,13 @@ class Update:
 
 
 def refusal(arm: Arm, config: Config, *, batch: int, memory_bytes: int) -> str | None:
-    """Why the arm cannot run in this much memory; None where it can, as far as can be said ahead."""
+    """Why the arm cannot run here or in this much memory; None where it can, as far as can be said ahead."""
+    if arm.is_autocast and config.precision.precision == "fp32":
+        return "autocast is a way to compute in bf16, and this run is in fp32"
+    if arm.is_peer:
+        from tools.bench.peers import absence
+
+        return absence(arm.framework)
     if arm.executes != "square":
         return None
     model = config.model
@@ -166,3 +278,10 @@ def refusal(arm: Arm, config: Config, *, batch: int, memory_bytes: int) -> str |
     return (
         f"its masked softmax keeps about {wanted / 2**30:.0f} GiB of float32 weights for the backward, and the device has {memory_bytes / 2**30:.0f}"
     )
+
+
+def _in_precision_of(arm: Arm, config: Config) -> Config:
+    """Under autocast the weights are float32."""
+    if not arm.is_autocast:
+        return config
+    return config.model_copy(update={"precision": config.precision.model_copy(update={"precision": "fp32"})})

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron.config.schema import Config
 from tools.bench import report
-from tools.bench.arms import Arm, Training
+from tools.bench.arms import Arm, Trainee
 from tools.bench.machine import describe
 
 WARM_UP = 0.1
@@ -66,10 +66,9 @@ def compare(config: Config, text: Tensor, device: torch.device, *, model: str, f
 
 def losses(config: Config, text: Tensor, device: torch.device, *, core: str) -> list[float]:
     """Loss of each training step from the configuration's seed."""
-    training = Training(config, device)
-    arm = Arm(name=core, pattern="sepllm", core=core, executes="kept")
+    trainee = Trainee(Arm(name=core, pattern="sepllm", core=core, executes="kept"), config, device)
     warm_up = max(1, round(WARM_UP * len(text)))
-    return [training.step(arm, rows, lr=config.schedule.lr * min(1, (step + 1) / warm_up)).loss for step, rows in enumerate(text)]
+    return [trainee.step(rows, lr=config.schedule.lr * min(1, (step + 1) / warm_up)).loss for step, rows in enumerate(text)]
 
 
 def draw(runs: Sequence[Run], dense: Run, path: Path, *, title: str) -> None:

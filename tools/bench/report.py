@@ -108,8 +108,8 @@ def base_name(date: str, device: str, *words: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", "-".join((date, device, *words)).lower()).strip("-")
 
 
-def draw(panels: Sequence[Panel], title: str, path: Path) -> None:
-    """Panels side by side, logarithmic both ways, a curve a contender with its name at its right end."""
+def draw(panels: Sequence[Panel], title: str, path: Path, *, columns: int | None = None) -> None:
+    """Panels side by side (``columns`` in a row; default: all), logarithmic both ways, a curve a contender with its name at its right end."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -120,9 +120,13 @@ def draw(panels: Sequence[Panel], title: str, path: Path) -> None:
     baselines = list(dict.fromkeys(curve.family for curve in curves if curve.is_baseline))
     styles = {family: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, family in enumerate(families)}
     styles |= {family: (BLACK, MARKERS[i % len(MARKERS)]) for i, family in enumerate(baselines)}
-    figure, all_axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 4.8), dpi=150, layout="constrained", squeeze=False)
-    for axes, panel in zip(all_axes[0], panels, strict=True):
+    columns = min(columns or len(panels), len(panels))
+    rows = -(-len(panels) // columns)
+    figure, all_axes = plt.subplots(rows, columns, figsize=(6.4 * columns, 4.8 * rows), dpi=150, layout="constrained", squeeze=False)
+    for axes, panel in zip(all_axes.flat, panels, strict=False):
         _draw_panel(axes, panel, styles)
+    for axes in all_axes.flat[len(panels) :]:
+        axes.set_visible(False)
     figure.suptitle(title, fontsize=11)
     figure.savefig(path)
     plt.close(figure)

@@ -1,24 +1,25 @@
 """Time, memory and utilisation of whole training steps: full attention, the reference's way, and SepLLM.
 
     python -m tools.bench.train_step --model 160m --seq-lengths 2048 8192 --threads 2 --save
+    python -m tools.bench.train_step --engine deepspeed --arms full sepllm transformers litgpt --minutes 30
     python -m tools.bench.train_step --parity 200 --model 14m --seq-lengths 512
 
-A step is the layout of new rows, forward, loss, backward, clipping and AdamW. The arms share weights and data and take turns, step by step.
+A step is the layout of new rows, forward, loss, backward, clipping and AdamW. The arms have the same weights and data, and take turns, step by
+step, each in a process of its own. litgpt is optional: pip install --no-deps -r requirements/bench.txt
 With --parity nothing is timed: SepLLM's losses over a short training run are compared with those of the plain masked softmax.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
-import subprocess
 import sys
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,16 +27,17 @@ from torch import Tensor
 
 from megatron.config.schema import Config
 from tools.bench import report
-from tools.bench.arms import ARMS, ONE_CORE_ARMS, PRECISIONS, PYTHIA_VOCAB, Arm, StepTime, Training, config_of, refusal
+from tools.bench.arms import ALL_ARMS, ARMS, PRECISIONS, PYTHIA_VOCAB, Arm, StepTime, config_of, refusal
 from tools.bench.lineup import DTYPES
-from tools.bench.machine import ROOT, describe, gemm_tflops, memory_bytes, peak_rss_bytes
+from tools.bench.machine import describe, gemm_tflops, memory_bytes
 from tools.bench.measure import interleave, rounds_for
 from tools.bench.parity import compare
-from tools.bench.step_rows import Row, panels_of, row_of, table_of
+from tools.bench.step_rows import Row, panels_of, reached, row_of, table_of
 from tools.bench.text import TokenStream, add_text_flags, chosen_stream
+from tools.bench.turns import Assignment, Check, Worker
 
 AGREEMENT = {"fp32": 1e-4, "bf16": 5e-2}
-"""Largest distance of an arm's gradient from the portable core's, over its norm."""
+"""Largest distance of an arm's loss from the portable core's, and of its gradient over the norm of that."""
 FEWEST_ROUNDS = 3
 
 
@@ -43,14 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     torch.set_num_threads(arguments.threads)
     try:
-        if arguments.memory_of is not None:
-            print(json.dumps(own_peak_bytes(arguments)))
-            return 0
         result, kind, failures = compare_losses(arguments) if arguments.parity else run(arguments)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
-    words = (str(result.header["date"]), str(result.header["device"]), kind, arguments.model, arguments.dtype)
+    engine = ("deepspeed",) if arguments.engine == "deepspeed" and not arguments.parity else ()
+    words = (str(result.header["date"]), str(result.header["device"]), kind, arguments.model, arguments.dtype, *engine)
     save_as = report.base_name(*words) if arguments.save else None
     for path in report.write(result, json_path=arguments.json, png_path=arguments.png, save_as=save_as):
         print(f"wrote {path}")
@@ -68,9 +68,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument("--dtype", choices=PRECISIONS, default="fp32", help="bf16 has float32 masters (default: %(default)s)")
     flags.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     flags.add_argument("--threads", type=int, default=2, help="of a CPU (default: %(default)s)")
-    names = [arm.name for arm in (*ARMS, *ONE_CORE_ARMS)]
     usual = [arm.name for arm in ARMS]
-    flags.add_argument("--arms", nargs="+", choices=names, default=usual, help="ratios are to the first (default: %(default)s)")
+    flags.add_argument("--arms", nargs="+", choices=list(ALL_ARMS), default=usual, help="ratios are to the first (default: %(default)s)")
+    engines = ("plain", "deepspeed")
+    flags.add_argument("--engine", choices=engines, default="plain", help="what every arm's model and AdamW run in (default: %(default)s)")
     flags.add_argument("--steps", type=int, help="timed steps of each arm (default: what fits into --minutes, but 3 at least)")
     flags.add_argument("--minutes", type=float, default=10, help="for all lengths together (default: %(default)s)")
     flags.add_argument("--parity", type=int, metavar="STEPS", help="compare losses over so many steps instead, at the first length")
@@ -78,7 +79,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument("--json", type=Path, metavar="OUT")
     flags.add_argument("--png", type=Path, metavar="OUT")
     flags.add_argument("--save", action="store_true", help="JSON, Markdown and PNG into benchmarks/results/")
-    flags.add_argument("--memory-of", choices=names, help=argparse.SUPPRESS)
     words = list(sys.argv[1:] if argv is None else argv)
     return flags.parse_args(words, argparse.Namespace(command=shlex.join(["python", "-m", "tools.bench.train_step", *words])))
 
@@ -100,8 +100,9 @@ def run(arguments: argparse.Namespace) -> tuple[report.Result, str, list[str]]:
         notes += [f"S = {length}: {note}" for note in excluded]
         failures += [f"S = {length}: {failure}" for failure in wrong]
         print("", tables[-1].text(), *excluded, sep="\n", flush=True)
-    facts = {"command": arguments.command, "text": stream.name, "gemm_tflops": {arguments.dtype: rate}}
-    title = f"Training step, {arguments.model} in {arguments.dtype}: {machine.title()}"
+    facts = {"command": arguments.command, "text": stream.name, "gemm_tflops": {arguments.dtype: rate}, "engine": arguments.engine}
+    through = " through DeepSpeed" if arguments.engine == "deepspeed" else ""
+    title = f"Training step{through}, {arguments.model} in {arguments.dtype}: {machine.title()}"
     result = report.Result(
         header={**machine.as_dict(), **facts},
         body={"rows": [asdict(row) for row in rows]},
@@ -115,81 +116,62 @@ def run(arguments: argparse.Namespace) -> tuple[report.Result, str, list[str]]:
 
 def run_length(arguments: argparse.Namespace, stream: TokenStream, length: int, rate: float) -> tuple[list[Row], list[str], list[str]]:
     """Rows, who was left out and why, and who was wrong."""
-    device = torch.device(arguments.device)
     config = config_for(arguments, stream, length)
     text = text_rows(arguments, stream, length)
-    arms, notes = [], []
-    for arm in (arm for name in arguments.arms for arm in (*ARMS, *ONE_CORE_ARMS) if arm.name == name):
-        reason = refusal(arm, config, batch=arguments.batch, memory_bytes=memory_bytes(device))
-        if reason is None:
-            arms.append(arm)
-        else:
-            notes.append(f"{arm.name} does not run: {reason}")
+    arms, notes = admitted(arguments, config, length)
+    task = partial(Assignment, config=config, device=arguments.device, engine=arguments.engine, threads=arguments.threads, text=text.numpy())
+    with ExitStack() as stack:
+        workers = {arm.name: stack.enter_context(Worker(task(arm=arm))) for arm in arms}
+        failures = wrong_arms(arms, workers, {pattern: portable(task, pattern) for pattern in dict.fromkeys(arm.pattern for arm in arms)}, arguments)
+        arms = [arm for arm in arms if arm.name not in failures]
+        if not arms:
+            raise ValueError("\n".join(["Every arm is wrong.", *failures.values()]))
+        calls = {arm.name: workers[arm.name].step for arm in arms}
+        times = time_arms(calls, steps=arguments.steps, budget_s=60 * arguments.minutes / len(arguments.seq_lengths))
+        peaks = {arm.name: workers[arm.name].peak_bytes() for arm in arms}
+    density = torch.isin(text, torch.tensor(stream.separator_ids)).float().mean().item()
+    facts = {"size": arguments.model, "dtype": arguments.dtype, "gemm_tflops": rate, "density": density, "engine": arguments.engine}
+    rows = [row_of(config, arm, times, text, baseline=arms[0], peak_bytes=peaks[arm.name], **facts) for arm in arms]
+    return rows, [*notes, *(reached(rows) if arguments.device == "cpu" else [])], list(failures.values())
+
+
+def admitted(arguments: argparse.Namespace, config: Config, length: int) -> tuple[list[Arm], list[str]]:
+    """The arms that were asked for and can run, and why the others cannot."""
+    wanted = [ALL_ARMS[name] for name in arguments.arms]
+    memory = memory_bytes(torch.device(arguments.device))
+    reasons = {arm.name: refusal(arm, config, batch=arguments.batch, memory_bytes=memory) for arm in wanted}
+    notes = [f"{name} does not run: {reason}" for name, reason in reasons.items() if reason is not None]
+    arms = [arm for arm in wanted if reasons[arm.name] is None]
     if not arms:
         raise ValueError("\n".join([f"No arm can run at S = {length}.", *notes]))
-    peaks = {arm.name: peak_bytes_apart(arguments, arm, text, stream) for arm in arms} if device.type == "cpu" else {}
-    training = Training(config, device)
-    errors = {arm.name: training.disagreement(arm, text) for arm in arms}
+    return arms, notes
+
+
+def portable(task: Callable[..., Assignment], pattern: Literal["full", "sepllm"]) -> Check:
+    """Loss and gradient of a pattern by the portable core: what every arm with that pattern must give."""
+    arm = Arm(name="chunked", pattern=pattern, core="chunked", executes="kept")
+    with Worker(task(arm=arm)) as worker:
+        return worker.check()
+
+
+def wrong_arms(arms: Sequence[Arm], workers: Mapping[str, Worker], wanted: Mapping[str, Check], arguments: argparse.Namespace) -> dict[str, str]:
+    """What is wrong with whom: a loss or a gradient away from the portable core's."""
     limit = AGREEMENT[arguments.dtype]
-    failures = [f"{name}: its gradient is off by {error:.2g}, and {limit:g} is allowed" for name, error in errors.items() if not error <= limit]
-    arms = [arm for arm in arms if errors[arm.name] <= limit]
-    if not arms:
-        raise ValueError("\n".join(["Every arm is wrong.", *failures]))
-    for arm in arms if device.type == "cuda" else ():
-        torch.cuda.reset_peak_memory_stats(device)
-        training.step(arm, text)
-        peaks[arm.name] = torch.cuda.max_memory_allocated(device)
-    times = time_arms(training, arms, text, steps=arguments.steps, budget_s=60 * arguments.minutes / len(arguments.seq_lengths))
-    density = torch.isin(text, torch.tensor(stream.separator_ids)).float().mean().item()
-    rows = [
-        row_of(
-            training,
-            arm,
-            times,
-            text,
-            size=arguments.model,
-            dtype=arguments.dtype,
-            baseline=arms[0],
-            peak_bytes=peaks[arm.name],
-            gemm_tflops=rate,
-            density=density,
-        )
-        for arm in arms
-    ]
-    return rows, notes, failures
+    failures = {}
+    for arm in arms:
+        found, right = workers[arm.name].check(), wanted[arm.pattern]
+        apart = abs(found.loss - right.loss)
+        off = float(np.linalg.norm(found.gradient - right.gradient) / np.linalg.norm(right.gradient))
+        if not (apart <= limit and off <= limit):
+            failures[arm.name] = f"{arm.name}: its loss is off by {apart:.2g}, its gradient by {off:.2g} of itself, and {limit:g} is allowed"
+    return failures
 
 
-def time_arms(training: Training, arms: Sequence[Arm], text: Tensor, *, steps: int | None, budget_s: float) -> dict[str, list[StepTime]]:
-    """The arms in turns, one step each."""
-    calls = {arm.name: partial(training.step, arm, text) for arm in arms}
-    steps = steps or rounds_for(lambda: interleave(calls, rounds=1), budget_s=budget_s, fewest=FEWEST_ROUNDS)
+def time_arms(calls: Mapping[str, Callable[[], StepTime]], *, steps: int | None, budget_s: float) -> dict[str, list[StepTime]]:
+    """The arms in turns, one step each. The first round, in which optimizers and compiled code are made, does not count."""
     interleave(calls, rounds=1)
+    steps = steps or rounds_for(lambda: interleave(calls, rounds=1), budget_s=budget_s, fewest=FEWEST_ROUNDS)
     return interleave(calls, rounds=steps)
-
-
-def peak_bytes_apart(arguments: argparse.Namespace, arm: Arm, text: Tensor, stream: TokenStream) -> int:
-    """Peak resident memory of two steps of one arm in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokens = Path(folder) / "rows.npy"
-        np.save(tokens, text.flatten().numpy())
-        shape = ("--seq-lengths", text.shape[1] - 1, "--batch", len(text), "--window", arguments.window, "--threads", arguments.threads)
-        words = ("--model", arguments.model, "--dtype", arguments.dtype, *shape, "--tokens", tokens, "--separator-ids", *stream.separator_ids)
-        command = [sys.executable, "-m", "tools.bench.train_step", "--memory-of", arm.name, *map(str, words)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ValueError(f"The memory of {arm.name} could not be measured (status {done.returncode}; -9 is lack of memory).\n{done.stderr}")
-    return int(json.loads(done.stdout.splitlines()[-1]))
-
-
-def own_peak_bytes(arguments: argparse.Namespace) -> int:
-    """What `peak_bytes_apart` runs."""
-    (arm,) = (arm for arm in (*ARMS, *ONE_CORE_ARMS) if arm.name == arguments.memory_of)
-    stream, length = chosen_stream(arguments), arguments.seq_lengths[0]
-    training = Training(config_for(arguments, stream, length), torch.device("cpu"))
-    text = text_rows(arguments, stream, length)
-    for _ in range(2):
-        training.step(arm, text)
-    return peak_rss_bytes()
 
 
 def compare_losses(arguments: argparse.Namespace) -> tuple[report.Result, str, list[str]]:
