@@ -131,6 +131,14 @@ def test_bilevel_positions_use_the_same_separators(kind: str) -> None:
     assert (model.use_bipe, model.pos_emb, set(model.bipe_separator_ids)) == (True, kind, SEPARATORS)
 
 
+@pytest.mark.parametrize("run", ["post-training", "fine-tuning"])
+@pytest.mark.parametrize(("size", "method"), COMBINATIONS)
+def test_runs_that_go_on_from_a_checkpoint_take_its_weights_only(size: str, method: str, run: str) -> None:
+    config = load_config([*paths(size, method)[:2], CONFIGS / "run" / f"{run}.yml"], world_size=1, vocab_size=PYTHIA_VOCABULARY)
+    assert config.checkpoint.finetune
+    assert (config.data.train_label_data_paths is not None) == (run == "fine-tuning")
+
+
 @pytest.mark.parametrize(("base", "method"), [(base, method) for base, methods in LOCAL.items() for method in methods])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_local_files_resolve_on_a_cpu(base: str, method: str, world_size: int) -> None:

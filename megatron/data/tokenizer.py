@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -58,12 +59,17 @@ def find_separator_ids(tokenizer: Tokenizer, texts: Iterable[str] = SEPARATORS) 
 
 
 class HFTokenizer:
-    """A `tokenizer.json` of Hugging Face tokenizers, such as GPT-NeoX's and Pythia's."""
+    """A `tokenizer.json` of Hugging Face tokenizers, such as GPT-NeoX's and Pythia's.
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, *, source: str) -> None:
+    Its end of document is ``<|endoftext|>``, else the ``eos_token`` that a tokenizer_config.json beside it names, as in Llama's folders.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, *, source: str, other_end: str | None = None) -> None:
         self._tokenizer = tokenizer
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
         eod_id = tokenizer.token_to_id(END_OF_TEXT)
+        if eod_id is None and other_end is not None:
+            eod_id = tokenizer.token_to_id(other_end)
         if eod_id is None:
             raise ValueError(f"{source} has no token {END_OF_TEXT}, which ends every document: add it to the vocabulary.")
         self.eod_id: int = eod_id
@@ -71,7 +77,7 @@ class HFTokenizer:
     @classmethod
     def from_file(cls, path: str | Path) -> HFTokenizer:
         loaded = _readable(path, _module("tokenizers").Tokenizer.from_file)
-        return cls(loaded, source=str(path))
+        return cls(loaded, source=str(path), other_end=_saved_eos(Path(path).parent / "tokenizer_config.json"))
 
     @classmethod
     def from_vocab(cls, vocab_file: str | Path, merge_file: str | Path) -> HFTokenizer:
@@ -102,6 +108,12 @@ class HFTokenizer:
 
     def token_text(self, token: int) -> str:
         return _piece_text(self._tokenizer.id_to_token(token) or "", lambda: self.decode([token]))
+
+
+def _saved_eos(config: Path) -> str | None:
+    """The end of sentence that a saved tokenizer names, by itself or as an added token."""
+    eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.is_file() else None
+    return eos.get("content") if isinstance(eos, dict) else eos
 
 
 class SPMTokenizer:

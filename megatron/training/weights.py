@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from megatron.config.keys import GATED_ACTIVATIONS
 from megatron.config.schema import ModelConfig
+from megatron.training.shards import joined, parts_of_groups
 
 LEGACY_NAMES = {"mlp.dense_h_to_4h.": "mlp.linear1.", "mlp.dense_4h_to_h.": "mlp.linear2."}
 """Names until September 2024: Pythia's, and those of SepLLM's fork."""
@@ -39,10 +39,11 @@ class Weights:
     """The configuration saved with them, as the user gave it."""
 
 
-def read_weights(directory: str | Path, *, model: ModelConfig | None = None, trust: bool = False) -> Weights:
+def read_weights(directory: str | Path, *, model: ModelConfig | None = None, trust: bool = False, groups_qkv: bool = False) -> Weights:
     """All weights of a checkpoint: a ``global_stepN`` folder, or the folder above it, whose ``latest`` names one.
 
     ``model`` is needed where the weights are in tensor-parallel pieces, whose joints it explains. ``trust`` allows pickles to run code.
+    ``groups_qkv``: grouped heads are in the order from before GPT-NeoX's #1315 (`parts_of_groups`); needs ``model``.
     """
     step = step_directory(directory)
     state: dict[str, Tensor] = {}
@@ -50,8 +51,16 @@ def read_weights(directory: str | Path, *, model: ModelConfig | None = None, tru
         if len(shards) > 1 and model is None:
             raise ValueError(f"{step} is in {len(shards)} tensor-parallel pieces: give the model's configuration to join them.")
         for name in _common_names(shards, step):
-            state[name] = merged(name, [shard[name] for shard in shards], model)
+            state[name] = _whole(name, [shard[name] for shard in shards], model, groups_qkv=groups_qkv)
     return Weights(state=state, config_files=saved_config_files(step))
+
+
+def _whole(name: str, shards: list[Tensor], model: ModelConfig | None, *, groups_qkv: bool) -> Tensor:
+    if model is None:
+        return shards[0]
+    if groups_qkv and ".attention.query_key_value." in name and model.num_kv_heads != model.num_attention_heads:
+        return parts_of_groups(torch.cat(shards, 0), model)
+    return joined(name, shards, model)
 
 
 def load_into(
@@ -100,34 +109,13 @@ def saved_overrides(directory: str | Path) -> dict[str, object]:
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
-def merged(name: str, shards: list[Tensor], model: ModelConfig | None) -> Tensor:
-    """The whole tensor of its tensor-parallel pieces, in the order of their ranks."""
-    if len(shards) == 1:
-        return shards[0]
-    assert model is not None
-    kind = re.sub(r"^sequential\.\d+\.", "", name)
-    if kind.startswith("attention.query_key_value.") and model.num_kv_heads != model.num_attention_heads:
-        return _joined_parts(shards, [model.num_attention_heads, model.num_kv_heads, model.num_kv_heads])
-    if kind.startswith("mlp.linear1.") and model.activation in GATED_ACTIVATIONS:
-        return _joined_parts(shards, [1, 1])
-    if kind.startswith(("word_embeddings.", "final_linear.", "attention.query_key_value.", "attention.qk_layernorm.", "mlp.linear1.")):
-        return torch.cat(shards, 0)
-    if kind in ("attention.dense.weight", "mlp.linear2.weight"):
-        return torch.cat(shards, 1)
-    if kind in ("attention.dense.bias", "mlp.linear2.bias"):
-        # With the parallel residual each rank adds its bias before the one reduction, else it is added once, after it.
-        return torch.stack(shards).float().sum(0).to(shards[0].dtype) if model.gpt_j_residual else shards[0]
-    if "norm." in kind:
-        return torch.stack(shards).float().mean(0).to(shards[0].dtype)
-    if kind == "position_embeddings.weight":
-        return shards[0]
-    raise ValueError(f"{name} is in {len(shards)} tensor-parallel pieces and there is no rule to join them.")
-
-
-def _joined_parts(shards: list[Tensor], shares: list[int]) -> Tensor:
-    """Of pieces that each hold several parts one after another, the parts made whole, one after another."""
-    sizes = [shards[0].shape[0] * share // sum(shares) for share in shares]
-    return torch.cat([torch.cat(parts, 0) for parts in zip(*(shard.split(sizes) for shard in shards), strict=True)], 0)
+def engine_state(step: Path, *, trust: bool = False) -> dict[str, object]:
+    """What the first engine file says beside the weights and the optimizer: counters, `args`, versions. Empty without one."""
+    paths = sorted([*step.glob("mp_rank_[0-9]*_model_states.pt"), *step.glob("zero_pp_rank_*_model_states.pt")])
+    if not paths:
+        return {}
+    state = cast("dict[str, object]", _load(paths[0], trust=trust))
+    return {key: value for key, value in state.items() if key not in ("module", "optimizer")}
 
 
 def _layers(step: Path, *, trust: bool) -> Iterator[list[dict[str, Tensor]]]:
@@ -172,14 +160,22 @@ def _module(path: Path, *, trust: bool) -> Mapping[str, Tensor]:
 
 def _current_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Under today's names; without rotary frequencies, and without the second copy of tied embeddings."""
-    renamed = {}
+    renamed: dict[str, Tensor] = {}
     for name, value in state.items():
         if name.endswith("rotary_emb.inv_freq") or re.match(r"sequential\.[1-9]\d*\.(word|position)_embeddings\.", name):
             continue
         for legacy, current in LEGACY_NAMES.items():
             name = name.replace(legacy, current)
         renamed[name] = value
+    for gate in [name for name in renamed if name.endswith(".mlp.w1.weight")]:
+        renamed |= _one_gated_matrix(renamed, gate.removesuffix("w1.weight"))
     return renamed
+
+
+def _one_gated_matrix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Takes the three matrices of GPT-NeoX's former LLaMA MLP, gate, down and up, out of ``state``; returns today's two."""
+    gate, down, up = (state.pop(f"{prefix}{name}.weight") for name in ("w1", "w2", "w3"))
+    return {f"{prefix}linear1.weight": torch.cat([up, gate]), f"{prefix}linear2.weight": down}
 
 
 def _common_names(shards: list[dict[str, Tensor]], step: Path) -> list[str]:

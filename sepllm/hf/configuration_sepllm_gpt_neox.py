@@ -15,6 +15,9 @@ from sepllm.pattern import UNBOUNDED, AttentionPattern, SelfAdjust, Softmax, Sta
 PYTHIA_SEPARATORS = (15, 13, 32, 2, 28, 27, 209, 186, 187)
 """``. , ? ! ; :`` space, tab and newline in the GPT-NeoX tokenizer."""
 
+KERNEL_FLAGS = ("USE_SEP_ATTN_KERNEL_ACCELERATOR",)
+"""Flags of the training code that choose how attention is computed, never what."""
+
 POSITIONS = ("rotary", "learned", "alibi", "none")
 """Position embeddings that the model computes."""
 
@@ -108,6 +111,7 @@ class SepLLMGPTNeoXConfig(PreTrainedConfig):
     """Forward passes between two such lines."""
 
     def __post_init__(self, **kwargs: object) -> None:
+        _check_known_modes(kwargs)
         self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
         self.num_layers = self.num_hidden_layers if self.num_layers is None else self.num_layers
         self.separator_token_ids = list(PYTHIA_SEPARATORS) if self.separator_token_ids is None else self.separator_token_ids
@@ -195,6 +199,13 @@ def _softmax(config: SepLLMGPTNeoXConfig) -> Softmax:
         denominator_bias=config.SA_Denominator_Bias,
         extremes=config.SA_Extremes,
     )
+
+
+def _check_known_modes(others: dict[str, object]) -> None:
+    """A folder of later code may ask for what this model does not compute."""
+    unknown = [name for name, value in others.items() if name.startswith("USE_") and value is True and name not in KERNEL_FLAGS]
+    if unknown:
+        raise ValueError(f"{' and '.join(unknown)} is true and this model does not know that mode: load the folder with the code it came with.")
 
 
 def _check_modes(config: SepLLMGPTNeoXConfig) -> None:

@@ -41,8 +41,9 @@ from megatron.data.indexed import IndexedDatasetWriter, best_dtype
 from megatron.model.gpt import build_model
 from sepllm.hf import SepLLMGPTNeoXForCausalLM
 from sepllm.pattern import AttentionPattern, SelfAdjust
-from tools.ckpts import convert_neox_to_hf, hf_config
-from tools.ckpts.convert_neox_to_hf import Converted, convert, main, run_config
+from tools.ckpts import convert_neox_to_hf, hf_config, verification
+from tools.ckpts.convert_neox_to_hf import Converted, convert, main
+from tools.ckpts.saved_config import run_config
 
 VOCABULARY = 48
 PATTERN = AttentionPattern(initial_tokens=3, separator_ids=(5, 6), windows=(4, 4))
@@ -220,6 +221,44 @@ def test_every_reason_against_an_architecture_is_given(
 
 
 @pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (run(), "sepllm_gpt_neox"),
+        (run(attention=FULL), "sepllm_gpt_neox"),
+        (run(attention=FULL, use_bias_in_attn_linear=False), "gpt_neox"),
+        (run(attention=FULL, num_kv_heads=2, **LLAMA), "llama"),
+        (run(attention=FULL, **LLAMA | {"use_bias_in_attn_linear": True}), "llama"),
+        (
+            run(
+                attention={**FULL, "prefill": replace(FULL["prefill"], sliding_width=7), "decode": replace(FULL["decode"], sliding_width=7)}, **LLAMA
+            ),
+            "mistral",
+        ),
+    ],
+    ids=["sparse", "full", "no biases", "llama", "llama with biases", "mistral"],
+)
+def test_unless_told_otherwise_a_model_becomes_what_can_express_it(converted: Callable[..., Converted], config: Config, kind: str) -> None:
+    result = converted(config)
+    assert json.loads((result.directory / "config.json").read_text())["model_type"] == kind
+    assert result.differences is not None
+    assert result.differences.is_rounding
+
+
+def test_llama_blocks_with_a_sparse_pattern_are_refused_with_each_architectures_reason(converted: Callable[..., Converted]) -> None:
+    with pytest.raises(ValueError, match="cannot be written as a transformers model") as error:
+        converted(run(**LLAMA))
+    said = str(error.value)
+    assert "- sepllm_gpt_neox: norm is rmsnorm; it has layernorm; activation is swiglu" in said
+    assert "- llama: its attention is sepllm, not full\n" in said
+    assert "score it with eval.py" in said
+
+
+def test_a_refusal_names_the_architecture_that_can(converted: Callable[..., Converted]) -> None:
+    with pytest.raises(ValueError, match="It can be written as --architecture sepllm_gpt_neox"):
+        converted(run(), architecture="neox")
+
+
+@pytest.mark.parametrize(
     ("trained", "precision", "dtype"),
     [("fp32", "auto", torch.float32), ("fp16", "auto", torch.float16), ("bfloat16", "auto", torch.bfloat16), ("fp16", "bf16", torch.bfloat16)],
 )
@@ -342,6 +381,6 @@ def test_the_models_are_compared_on_the_runs_own_text_where_it_is_here(pipeline_
             writer.add_document([token % VOCABULARY for token in range(start, start + 10)])
     here = config.model_copy(update={"data": config.data.model_copy(update={"data_path": str(tmp_path / "text")})})
     expected = [token % VOCABULARY for token in range(2 * length)]
-    assert convert_neox_to_hf._batch(here, VOCABULARY).flatten().tolist() == expected
-    assert convert_neox_to_hf._batch(config, VOCABULARY).flatten().tolist() != expected
-    assert convert_neox_to_hf._batch(here, 7).max() < 7, "text of another vocabulary is of no use"
+    assert verification._ids(here, VOCABULARY).flatten().tolist() == expected
+    assert verification._ids(config, VOCABULARY).flatten().tolist() != expected
+    assert verification._ids(here, 7).max() < 7, "text of another vocabulary is of no use"

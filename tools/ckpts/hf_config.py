@@ -12,6 +12,8 @@ from sepllm.hf.configuration_sepllm_gpt_neox import POSITIONS
 from sepllm.pattern import UNBOUNDED, AttentionPattern, SelfAdjust
 
 ARCHITECTURES = ("sepllm_gpt_neox", "neox", "llama", "mistral")
+FROM_MODEL_TYPE = {"sepllm_gpt_neox": "sepllm_gpt_neox", "gpt_neox": "neox", "llama": "llama", "mistral": "mistral"}
+"""`model_type` of a config.json -> the converters' name."""
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "swish": "silu", "silu": "silu", "mish": "mish"}
 """Of the training run, and as transformers calls them."""
 
@@ -28,7 +30,7 @@ class SpecialTokens:
 def hf_config(config: Config, *, architecture: str, vocab_rows: int, tokens: SpecialTokens) -> PreTrainedConfig:
     """The configuration under which transformers computes what the run trained. ValueError with every reason where it cannot."""
     if reasons := obstacles(config, architecture):
-        raise ValueError(f"The model cannot be written as --architecture {architecture}:\n" + "\n".join(f"- {reason}" for reason in reasons))
+        raise ValueError(f"The model cannot be written as --architecture {architecture}:\n{_listed(reasons)}\n{_remedy(config)}")
     model = config.model
     shared: dict[str, object] = {
         "vocab_size": vocab_rows,
@@ -49,7 +51,9 @@ def hf_config(config: Config, *, architecture: str, vocab_rows: int, tokens: Spe
         shared |= {"rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_emb_base}}
         width = config.attention.prefill.sliding_width
         # The last key of a sliding width is width back, that of transformers' window is window - 1 back.
-        return LlamaConfig(**shared) if architecture == "llama" else MistralConfig(sliding_window=None if width is None else width + 1, **shared)
+        if architecture == "mistral":
+            return MistralConfig(sliding_window=None if width is None else width + 1, **shared)
+        return LlamaConfig(attention_bias=model.use_bias_in_attn_linear, mlp_bias=model.use_bias_in_mlp, **shared)
     shared |= {
         "hidden_act": ACTIVATIONS[model.activation],
         "hidden_dropout": model.hidden_dropout,
@@ -58,8 +62,30 @@ def hf_config(config: Config, *, architecture: str, vocab_rows: int, tokens: Spe
     }
     if architecture == "neox":
         rope = {"rope_type": "default", "rope_theta": model.rotary_emb_base, "partial_rotary_factor": model.rotary_pct}
-        return GPTNeoXConfig(rope_parameters=rope, **shared)
+        return GPTNeoXConfig(rope_parameters=rope, attention_bias=model.use_bias_in_attn_linear, **shared)
     return _sepllm_config(config, shared)
+
+
+def fitting_architecture(config: Config, began: PreTrainedConfig | None) -> str:
+    """The first architecture that can express the run's model, beginning with that of the model it began from. ValueError if none can."""
+    wanted = [] if began is None or began.model_type not in FROM_MODEL_TYPE else [FROM_MODEL_TYPE[began.model_type]]
+    reasons = {architecture: obstacles(config, architecture) for architecture in (*wanted, *ARCHITECTURES)}
+    for architecture, found in reasons.items():
+        if not found:
+            return architecture
+    lines = [f"{architecture}: {'; '.join(found)}" for architecture, found in reasons.items()]
+    raise ValueError(f"The model cannot be written as a transformers model:\n{_listed(lines)}\n{_remedy(config)}")
+
+
+def _remedy(config: Config) -> str:
+    fitting = [architecture for architecture in ARCHITECTURES if not obstacles(config, architecture)]
+    if fitting:
+        return f"It can be written as --architecture {fitting[0]}."
+    return "No architecture of transformers expresses it: score it with eval.py and let it write with generate.py, which run the checkpoint itself."
+
+
+def _listed(lines: list[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def obstacles(config: Config, architecture: str) -> list[str]:
@@ -71,36 +97,38 @@ def obstacles(config: Config, architecture: str) -> list[str]:
         (model.num_unique_layers is not None, "num_unique_layers shares parameters between layers, which transformers models do not"),
         (model.use_qk_layernorm, "use_qk_layernorm: true has norms that the architecture lacks"),
         (model.opt_pos_emb_offset != 0, f"opt_pos_emb_offset is {model.opt_pos_emb_offset}; transformers starts at 0"),
-        (architecture != "sepllm_gpt_neox" and not is_full, f"its attention is {config.attention.mode}, not full: use sepllm_gpt_neox"),
-        (architecture != "sepllm_gpt_neox" and model.use_bipe, "USE_BiPE: use sepllm_gpt_neox"),
-        (architecture != "sepllm_gpt_neox" and isinstance(pattern.softmax, SelfAdjust), "its softmax is self-adjusting: use sepllm_gpt_neox"),
-        (architecture in ("neox", "llama") and pattern.sliding_width is not None, "sliding_window_width: use sepllm_gpt_neox or mistral"),
+        (architecture != "sepllm_gpt_neox" and not is_full, f"its attention is {config.attention.mode}, not full"),
+        (architecture != "sepllm_gpt_neox" and model.use_bipe, "USE_BiPE: it has one kind of positions"),
+        (architecture != "sepllm_gpt_neox" and isinstance(pattern.softmax, SelfAdjust), "its softmax is self-adjusting"),
+        (architecture in ("neox", "llama") and pattern.sliding_width is not None, "sliding_window_width: it has no sliding window"),
     ]
-    checks += _llama_checks(config) if architecture in ("llama", "mistral") else _neox_checks(config, architecture)
+    checks += _llama_checks(config, architecture) if architecture in ("llama", "mistral") else _neox_checks(config, architecture)
     return [reason for stands, reason in checks if stands]
 
 
 def _neox_checks(config: Config, architecture: str) -> list[tuple[bool, str]]:
     model = config.model
     positions = POSITIONS if architecture == "sepllm_gpt_neox" else ("rotary",)
+    lacks_bias = not model.use_bias_in_mlp or (architecture == "sepllm_gpt_neox" and not model.use_bias_in_attn_linear)
     return [
         (model.norm != "layernorm", f"norm is {model.norm}; it has layernorm"),
         (model.activation not in ACTIVATIONS, f"activation is {model.activation}; it has {', '.join(ACTIVATIONS)}"),
         (model.pos_emb not in positions, f"pos_emb is {model.pos_emb}; it has {', '.join(positions)}"),
         (model.num_kv_heads != model.num_attention_heads, "num_kv_heads groups the heads; it has a key and value for each head"),
-        (not (model.use_bias_in_attn_linear and model.use_bias_in_mlp), "use_bias_in_attn_linear or use_bias_in_mlp is false; it has both biases"),
+        (lacks_bias, "use_bias_in_attn_linear or use_bias_in_mlp is false; it has both biases"),
         (model.gpt_j_tied and model.gpt_j_residual, "gpt_j_tied: true has one norm a block; it has two"),
     ]
 
 
-def _llama_checks(config: Config) -> list[tuple[bool, str]]:
+def _llama_checks(config: Config, architecture: str) -> list[tuple[bool, str]]:
     model = config.model
+    has_bias = model.use_bias_in_attn_linear or model.use_bias_in_mlp
     return [
         (model.norm != "rmsnorm", f"norm is {model.norm}; it has rmsnorm"),
         (model.activation != "swiglu", f"activation is {model.activation}; it has swiglu"),
         (model.pos_emb != "rotary" or model.rotary_pct != 1, f"pos_emb is {model.pos_emb}, rotary_pct {model.rotary_pct}; it has rotary and 1"),
         (model.gpt_j_residual, "gpt_j_residual: true adds both branches at once; it adds them in turn"),
-        (model.use_bias_in_attn_linear or model.use_bias_in_mlp, "use_bias_in_attn_linear or use_bias_in_mlp is true; it has no biases"),
+        (architecture == "mistral" and has_bias, "use_bias_in_attn_linear or use_bias_in_mlp is true; it has no biases"),
         (model.hidden_dropout != 0, f"hidden_dropout is {model.hidden_dropout}; it has none"),
     ]
 

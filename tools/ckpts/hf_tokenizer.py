@@ -13,13 +13,15 @@ from megatron.data.tokenizer import END_OF_TEXT
 def hf_tokenizer(config: TokenizerConfig, *, vocab_is_hf_tokenizer: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of the training data; `END_OF_TEXT` begins and ends a text.
 
-    ``vocab_is_hf_tokenizer``: the vocabulary file is a folder (or a file in one) that a transformers tokenizer was saved to.
+    ``vocab_is_hf_tokenizer``: the vocabulary file is a folder (or a file in one) that a transformers tokenizer was saved to. So it is
+    wherever tokenizer_config.json lies beside it.
     """
     if config.vocab_file is None or not Path(config.vocab_file).exists():
         raise ValueError(f"The tokenizer's vocab_file is {config.vocab_file}, which is not here: put it there, or give --no_save_tokenizer.")
     path = Path(config.vocab_file)
-    if vocab_is_hf_tokenizer:
-        return AutoTokenizer.from_pretrained(path if path.is_dir() else path.parent)
+    folder = path if path.is_dir() else path.parent
+    if vocab_is_hf_tokenizer or (folder / "tokenizer_config.json").is_file():
+        return AutoTokenizer.from_pretrained(folder)
     ends = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
     if config.tokenizer_type == "HFTokenizer":
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))

@@ -128,6 +128,14 @@ def test_sentencepiece_ends_documents_with_end_of_text_if_it_has_one(tmp_path: P
         SPMTokenizer.from_file(sentencepiece_model(tmp_path, eos_id=-1))
 
 
+@pytest.mark.parametrize("eos", ["</s>", {"content": "</s>", "lstrip": False}])
+def test_a_tokenizer_of_another_end_takes_it_from_the_file_beside_it(tmp_path: Path, eos: object) -> None:
+    library = trained(tmp_path, special=["<s>", "</s>"])
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+    opened = build_tokenizer(TokenizerConfig(tokenizer_type="HFTokenizer", vocab_file=str(tmp_path / "tokenizer.json")))
+    assert opened.eod_id == library.token_to_id("</s>")
+
+
 def test_a_tokenizer_without_an_end_of_document_is_refused(tmp_path: Path) -> None:
     trained(tmp_path, special=[])
     with pytest.raises(ValueError, match=r"has no token <\|endoftext\|>"):

@@ -20,7 +20,8 @@ from megatron.inference.sampler import generate
 from megatron.training.trainer import train
 from sepllm.hf import SepLLMGPTNeoXForCausalLM
 from tests.megatron.training.running import losses_of, same_weights, weights_of, without_launcher
-from tools.ckpts.convert_neox_to_hf import Converted, convert, run_config
+from tools.ckpts.convert_neox_to_hf import Converted, convert
+from tools.ckpts.saved_config import run_config
 
 BASE: dict[str, object] = {
     "num-layers": 3,

@@ -128,6 +128,42 @@ def test_gated_and_grouped_pieces_are_joined_part_by_part(tmp_path: Path) -> Non
     assert_same(read_weights(tmp_path, model=model_config(num_kv_heads=2, activation="swiglu")).state, whole)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_grouped_heads_in_the_order_before_1315_are_read_where_that_is_said(tmp_path: Path, ranks: int) -> None:
+    model = model_config(num_kv_heads=2)
+    whole = whole_state(qkv_rows=WIDTH + 2 * 4)
+    for rank in range(ranks):
+        pieces = {}
+        for name, value in whole.items():
+            if "query_key_value" in name:
+                q, k, v = value.unflatten(0, (-1, 2)).split([4, 2, 2])
+                value = torch.cat(
+                    [torch.cat([q[2 * group : 2 * group + 2], k[group : group + 1], v[group : group + 1]]) for group in range(2)]
+                ).flatten(0, 1)
+                pieces[name] = value.chunk(ranks)[rank]
+            else:
+                pieces[name] = value if ranks == 1 else shard(name, value, rank, is_parallel=True)
+        write_engine(tmp_path, pieces, rank=rank)
+    assert_same(read_weights(tmp_path, model=model, groups_qkv=True).state, whole)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_three_matrices_of_the_former_llama_mlp_become_two(tmp_path: Path, ranks: int) -> None:
+    whole = {name: value for name, value in whole_state(linear1_rows=32).items() if ".mlp." not in name or name.endswith("weight")}
+    for rank in range(ranks):
+        pieces = {}
+        for name, value in whole.items():
+            if name.endswith("mlp.linear1.weight"):
+                up, gate = (part.chunk(ranks)[rank] for part in value.chunk(2))
+                pieces |= {name.replace("linear1", "w3"): up, name.replace("linear1", "w1"): gate}
+            elif ranks == 2 and "mlp" not in name:
+                pieces[name] = shard(name, value, rank, is_parallel=True)
+            else:
+                pieces[name.replace("linear2", "w2")] = value.chunk(ranks, 1)[rank] if "linear2" in name else value
+        write_layers(tmp_path, pieces, rank=rank)
+    assert_same(read_weights(tmp_path, model=model_config(activation="swiglu")).state, whole)
+
+
 def test_what_is_no_whole_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a directory"):
         read_weights(tmp_path / "nowhere")
