@@ -40,13 +40,13 @@ def test_the_python_of_a_document_computes_attention(document: str) -> None:
     assert out.shape[1:] == (names["ids"].shape[1], 4, 64)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/attention.md"])
+@pytest.mark.parametrize("document", ["README.md", "configs/README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
 def test_every_path_in_a_document_exists(document: str) -> None:
     for path in re.findall(r"\]\(([^)#:]+)\)", (ROOT / document).read_text()):
         assert (ROOT / document).parent.joinpath(path).exists(), path
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/attention.md", "benchmarks/results/README.md", "Makefile"])
+@pytest.mark.parametrize("document", ["README.md", "docs/attention.md", "docs/study.md", "benchmarks/results/README.md", "Makefile"])
 def test_tools_that_a_document_names_understand_its_words(document: str) -> None:
     lines = re.findall(r"python -m (tools\.(?:bench|sepllm|plot)\.\w+)([^#`\n|]*)", (ROOT / document).read_text().replace("\\\n", " "))
     assert lines or document == "README.md"
