@@ -18,6 +18,8 @@ MAY_IMPORT = {
     "sepllm.attention": {"sepllm.pattern", "sepllm.layout", "sepllm.positions", "sepllm.ops"},
     "sepllm.cache": {"sepllm.pattern", "sepllm.layout", "sepllm.positions"},
     "sepllm.hf": {"sepllm.pattern", "sepllm.layout", "sepllm.positions", "sepllm.sampling", "sepllm.attention", "sepllm.cache"},
+    "sepllm.streaming": {"sepllm.pattern", "sepllm.cache", "sepllm.hf"},
+    "sepllm.lm_eval": {"sepllm.__version__", "sepllm.pattern", "sepllm.layout", "sepllm.hf"},
     "megatron.config": {"sepllm.pattern"},
     "megatron.launch": {"megatron.config", "megatron.data", "sepllm"},
     "megatron.parallel": {"megatron.config"},

@@ -22,6 +22,7 @@ from megatron.inference.lm_eval import GPTLanguageModel
 from megatron.inference.loading import load_model
 from megatron.parallel.mesh import Mesh
 from megatron.training.metrics import MetricLogger
+from sepllm.lm_eval.versions import package_versions
 
 Results = dict[str, JsonValue]
 """lm-eval's own: `results` (task -> metric,filter -> value), `n-shot`, `n-samples`, `versions`, `configs`, ..."""
@@ -114,7 +115,7 @@ def write_results(results: Results, *, config: Config, model: GPTLanguageModel, 
         "device": str(model.mesh.device),
         "limit": config.evaluation.eval_limit,
         "num_fewshot": config.evaluation.eval_num_fewshot,
-        "versions": {package: version(package) for package in ("lm_eval", "torch", "datasets", "transformers")},
+        "versions": package_versions(),
         "config_files": [file.name for file in config.files],
     }
     path.parent.mkdir(parents=True, exist_ok=True)

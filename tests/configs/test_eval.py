@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from lm_eval.tasks import TaskManager
 FOLDER = Path(__file__).parents[2] / "configs" / "eval"
 CHOICE = {"choices": {"text": ["red", "blue"], "label": ["A", "B"]}, "answerKey": "B"}
 WINO = {"sentence": "The cup fit the box because the _ was small.", "option1": "cup", "option2": "box", "answer": "1"}
+BLIMP = {"sentence_good": "She saw herself.", "sentence_bad": "She saw himself.", "UID": "anaphor_gender_agreement"}
 ROWS: dict[str, tuple[str, dict[str, object]]] = {
     "demo_perplexity": ("perplexity.jsonl", {"text": "All of it."}),
     "demo_next_sentence": ("next_sentence.jsonl", {"context": "It began.", "choices": ["\nIt ended.", "\nNo."], "label": 1}),
@@ -20,12 +22,12 @@ ROWS: dict[str, tuple[str, dict[str, object]]] = {
     "local_winogrande": ("winogrande_xl.validation.jsonl", WINO),
     "local_lambada": ("lambada_openai.test.jsonl", {"text": "They went home to their house"}),
     "local_wikitext": ("wikitext2_raw.test.jsonl", {"page": " = A page = \n"}),
-    "local_blimp_anaphor_gender": (
-        "blimp.test.jsonl",
-        {"sentence_good": "She saw herself.", "sentence_bad": "She saw himself.", "UID": "anaphor_gender_agreement"},
-    ),
+    "local_wsc273": ("wsc273.test.jsonl", WINO),
+    "local_gsm8k": ("gsm8k.test.jsonl", {"question": "How many?", "answer": "1,000+1=1,001\n#### 1,001"}),
+    "local_blimp": ("blimp.test.jsonl", BLIMP),
+    "local_blimp_anaphor_gender": ("blimp.test.jsonl", BLIMP),
 }
-REQUESTS: dict[str, list[tuple[str, ...]]] = {
+REQUESTS: dict[str, list[tuple[object, ...]]] = {
     "demo_perplexity": [("All of it.",)],
     "demo_next_sentence": [("It began.", "\nIt ended."), ("It began.", "\nNo.")],
     "local_arc_easy": [("Question: Which?\nAnswer:", " red"), ("Question: Which?\nAnswer:", " blue")],
@@ -34,9 +36,31 @@ REQUESTS: dict[str, list[tuple[str, ...]]] = {
     "local_winogrande": [("The cup fit the box because the cup", " was small."), ("The cup fit the box because the box", " was small.")],
     "local_lambada": [("They went home to their", " house")],
     "local_wikitext": [(" = A page = \n",)],
+    "local_wsc273": [("The cup fit the box because the cup", " was small."), ("The cup fit the box because the box", " was small.")],
+    "local_gsm8k": [("Question: How many?\nAnswer:", {"until": ["Question:"], "do_sample": False, "max_gen_toks": 256})],
+    "local_blimp": [("", " She saw herself."), ("", " She saw himself.")],
     "local_blimp_anaphor_gender": [("", " She saw herself."), ("", " She saw himself.")],
 }
-LABELS = {"demo_next_sentence": 1, "local_arc_easy": 1, "local_piqa": 1, "local_winogrande": 0, "local_blimp_anaphor_gender": 0}
+LABELS = {
+    "demo_next_sentence": 1,
+    "local_arc_easy": 1,
+    "local_piqa": 1,
+    "local_winogrande": 0,
+    "local_wsc273": 0,
+    "local_blimp": 0,
+    "local_blimp_anaphor_gender": 0,
+}
+ASKED = {
+    "demo_next_sentence": "context",
+    "local_arc_easy": "question",
+    "local_arc_challenge": "question",
+    "local_piqa": "goal",
+    "local_winogrande": "sentence",
+    "local_wsc273": "sentence",
+    "local_lambada": "text",
+    "local_gsm8k": "question",
+}
+"""The field that tells one question from another."""
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +111,42 @@ def test_a_folder_that_is_not_named_or_lacks_the_file_is_an_error(manager: TaskM
     monkeypatch.setenv("SEPLLM_EVAL_DATA", str(tmp_path))
     with pytest.raises(ValueError, match=r"perplexity\.jsonl does not exist"):
         manager.load(["demo_perplexity"])
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_shots_never_hold_the_question_that_is_asked(manager: TaskManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    file, row = ROWS[name]
+    rows = [row | {ASKED[name]: f"Number {place}: {row[ASKED[name]]}"} for place in range(4)]
+    (tmp_path / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setenv("SEPLLM_EVAL_DATA", str(tmp_path))
+    task = manager.load([name])["tasks"][name]
+    task.set_config(key="num_fewshot", value=3)
+    task.set_fewshot_seed(seed=0)
+    task.build_all_requests(rank=0, world_size=1)
+    for instance in task.instances:
+        assert sorted(re.findall(r"Number (\d):", instance.args[0])) == ["0", "1", "2", "3"]
+
+
+@pytest.mark.usefixtures("data")
+@pytest.mark.parametrize(
+    ("text", "strict", "flexible"),
+    [
+        (" 1,001 it is.\n#### 1001", 1, 1),
+        (" So 7.\n#### $1,001.", 1, 1),
+        ("#### 7, not 1001", 0, 1),
+        (" That makes 1001.", 0, 1),
+        ("#### 1001, or 1002", 1, 0),
+        (" None.", 0, 0),
+    ],
+)
+def test_answers_to_gsm8k_are_numbers(manager: TaskManager, text: str, strict: int, flexible: int) -> None:
+    task = manager.load(["local_gsm8k"])["tasks"]["local_gsm8k"]
+    assert task.process_results(ROWS["local_gsm8k"][1], [text]) == {"strict": strict, "flexible": flexible}
+
+
+def test_a_limit_takes_equally_many_rows_of_each_paradigm(manager: TaskManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [BLIMP | {"UID": paradigm, "sentence_good": f"{paradigm} {place}"} for paradigm in "abc" for place in range(3)]
+    (tmp_path / "blimp.test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setenv("SEPLLM_EVAL_DATA", str(tmp_path))
+    documents = manager.load(["local_blimp"])["tasks"]["local_blimp"].eval_docs
+    assert list(documents["sentence_good"]) == ["a 0", "b 0", "c 0", "a 1", "b 1", "c 1", "a 2", "b 2", "c 2"]

@@ -51,11 +51,11 @@ def readable(text: str) -> str:
 class _AnyHFTokenizer(HFTokenizer):
     """A `tokenizer.json` as it is; `eod_id` is -1 where nothing ends a document."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, *, source: str) -> None:
+    def __init__(self, tokenizer: tokenizers.Tokenizer, *, source: str, other_end: str | None = None) -> None:
         self._tokenizer = tokenizer
         self.vocab_size: int = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        end = tokenizer.token_to_id(END_OF_TEXT)
-        self.eod_id: int = -1 if end is None else end
+        ends = (tokenizer.token_to_id(text) for text in (END_OF_TEXT, other_end) if text is not None)
+        self.eod_id: int = next((end for end in ends if end is not None), -1)
 
 
 def _of_type(tokenizer_type: str, *, vocab_file: str | None = None, merge_file: str | None = None) -> Tokenizer:

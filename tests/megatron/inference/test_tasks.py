@@ -222,7 +222,7 @@ def test_without_a_limit_every_document_is_scored(make_run: Callable[..., Run], 
     assert saved["run"]["dtype"] == "float32"
     assert saved["run"]["limit"] is None
     assert saved["run"]["checkpoint"].endswith("global_step7")
-    assert saved["run"]["versions"].keys() == {"lm_eval", "torch", "datasets", "transformers"}
+    assert saved["run"]["versions"].keys() == {"sepllm", "lm_eval", "torch", "datasets", "transformers"}
     lines = [json.loads(line) for line in metrics_file.read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [3, 9, 7], "what training wrote stays"
     assert lines[2].keys() >= {"eval/demo_next_sentence_acc", "eval/demo_next_sentence_acc_norm", "eval/demo_perplexity_word_perplexity"}

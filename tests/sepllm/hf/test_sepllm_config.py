@@ -51,6 +51,7 @@ def test_each_published_kind_of_file_is_its_pattern(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"separator_token_ids": None}, "has no separator_token_ids"),
         ({"Layer_num": 5}, "Layer_num is 5 in .*, but the model has 4 layers"),
         ({"prefil_local_window_size": 5}, "did you mean prefill_local_window_size"),
         ({"USE_BiPE": True}, "USE_BiPE in .*: only a model that was trained so"),
