@@ -9,8 +9,8 @@ Rows stand side by side with their newest tokens in the last column, so a row th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -31,18 +31,17 @@ class CacheBudget:
     initial: int
     """``a`` in the paper: first tokens of the text."""
     separators: int
-    """``s``: separators that stand between the initial tokens and the local window."""
+    """``s``: separators that stand between the initial tokens and the local window. 0: none do, which is StreamingLLM."""
     local: int
     """``w``: newest tokens, all of which survive."""
     total: int
     """``c``: a row that holds this many is compressed."""
 
     def __post_init__(self) -> None:
-        if self.initial < 0:
-            raise ValueError(f"init_cache_size is {self.initial}: it counts tokens and must be 0 or more.")
-        for name, size in (("sep_cache_size", self.separators), ("local_size", self.local)):
-            if size < 1:
-                raise ValueError(f"{name} is {size}: it counts tokens and must be 1 or more.")
+        sizes = (("init_cache_size", self.initial, 0), ("sep_cache_size", self.separators, 0), ("local_size", self.local, 1))
+        for name, size, least in sizes:
+            if size < least:
+                raise ValueError(f"{name} is {size}: it counts tokens and must be {least} or more.")
         if self.after_compression >= self.total:
             raise ValueError(
                 f"init_cache_size ({self.initial}) + sep_cache_size ({self.separators}) + local_size ({self.local}) must be less than cache_size "
@@ -284,6 +283,16 @@ class ReferencePolicy:
 Policy = CachePolicy | ReferencePolicy
 
 
+class HistoryState(TypedDict):
+    """What `TokenHistory.restore` needs."""
+
+    tokens: dict[str, Tensor]
+    num_columns: int
+    kept_sum: int
+    seen_sum: int
+    has_compressed: bool
+
+
 @dataclass(slots=True, kw_only=True)
 class TokenHistory:
     """The tokens that layers of equal budgets hold, and what the latest of them changed; the keys are elsewhere."""
@@ -327,6 +336,23 @@ class TokenHistory:
         """Keep these rows, in this order."""
         if self.stored is not None:
             self.stored = self.stored.select(rows)
+
+    def state(self) -> HistoryState:
+        """All of it, for `restore` under the same policy, in tensors and numbers. Not under a `ReferencePolicy`."""
+        if self.stored is None or self.stored.lockstep is not None:
+            raise ValueError("Only a cache that holds tokens, and without reference_compat, has a state to save.")
+        tokens = {field.name: getattr(self.stored, field.name) for field in fields(StoredTokens) if field.name != "lockstep"}
+        return HistoryState(
+            tokens=tokens, num_columns=self.num_columns, kept_sum=self.kept_sum, seen_sum=self.seen_sum, has_compressed=self.has_compressed
+        )
+
+    def restore(self, state: HistoryState, device: torch.device | str) -> None:
+        """As it was when `state` was called, with the tokens on a device."""
+        on_cpu = ("counts", "texts", "growth")
+        tokens = {name: tensor.to("cpu" if name in on_cpu else device) for name, tensor in state["tokens"].items()}
+        self.stored = StoredTokens(lockstep=None, **tokens)
+        self.num_columns, self.step = state["num_columns"], None
+        self.kept_sum, self.seen_sum, self.has_compressed = state["kept_sum"], state["seen_sum"], state["has_compressed"]
 
     def reset(self) -> None:
         """Forget everything."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.utils import logging
 
-from sepllm.cache import CacheBudget, CachePolicy, Policy, ReferencePolicy, Step, StoredTokens, TokenHistory, When
+from sepllm.cache import CacheBudget, CachePolicy, HistoryState, Policy, ReferencePolicy, Step, StoredTokens, TokenHistory, When
 from sepllm.hf.separators import Separators, preset, separators_of
 from sepllm.positions import apply_rotary, rotary_table
 
@@ -25,6 +25,22 @@ logger = logging.get_logger(__name__)
 
 Sizes = int | Sequence[int]
 """One number for all layers, or one for each."""
+
+
+class LayerState(TypedDict):
+    """What `SepLayer.restore` needs."""
+
+    keys: Tensor
+    values: Tensor
+    capacities: tuple[int, int]
+    num_columns: int
+
+
+class CacheState(TypedDict):
+    """What `SepCache.restore` needs."""
+
+    histories: list[HistoryState]
+    layers: list[LayerState]
 
 
 class KeyBuffer:
@@ -62,6 +78,16 @@ class KeyBuffer:
         self.width = kept.shape[2]
         self.storage[:, :, : self.width] = kept
         return self.storage[:, :, : self.width]
+
+    def state(self) -> tuple[Tensor, int]:
+        """A copy of the keys, and how many there is room for."""
+        assert self.storage is not None
+        return self.storage[:, :, : self.width].clone(), self.storage.shape[2]
+
+    def restore(self, held: Tensor, capacity: int) -> Tensor:
+        """The keys ``held``, in a tensor with as much room as before, since where keys lie may decide how a kernel rounds."""
+        self.storage, self.width = held.new_empty(held.shape[0], held.shape[1], capacity, held.shape[3]), 0
+        return self.append(held, limit=capacity)
 
     def select(self, rows: Tensor) -> None:
         if self.storage is not None:
@@ -122,6 +148,22 @@ class SepLayer(CacheLayerMixin):
         self._values.select(rows)
         if self._keys.storage is not None and self._values.storage is not None:
             self.keys, self.values = self._keys.storage[:, :, : self._keys.width], self._values.storage[:, :, : self._values.width]
+
+    def state(self) -> LayerState:
+        (keys, for_keys), (values, for_values) = self._keys.state(), self._values.state()
+        return LayerState(keys=keys, values=values, capacities=(for_keys, for_values), num_columns=self.num_columns)
+
+    def restore(self, state: LayerState, device: torch.device | str) -> None:
+        keys, values = state["keys"].to(device), state["values"].to(device)
+        self.lazy_initialization(keys, values)
+        for_keys, for_values = state["capacities"]
+        self.keys, self.values = self._keys.restore(keys, for_keys), self._values.restore(values, for_values)
+        self.num_columns = state["num_columns"]
+
+    @property
+    def num_allocated_bytes(self) -> int:
+        """Of the tensors behind keys and values, room for more included."""
+        return sum(buffer.storage.nbytes for buffer in (self._keys, self._values) if buffer.storage is not None)
 
     def reset(self) -> None:
         self._keys, self._values = KeyBuffer(), KeyBuffer()
@@ -335,6 +377,17 @@ class SepCache(Cache):
     def end_pass(self) -> None:
         """The forward pass is over."""
         self._is_handed = False
+
+    def state(self) -> CacheState:
+        """Everything that is stored, for `restore` in a cache of the same arguments: tensors, numbers, lists, tuples and dictionaries."""
+        return CacheState(histories=[history.state() for history in self.histories], layers=[layer.state() for layer in self.layers])
+
+    def restore(self, state: CacheState, device: torch.device | str) -> None:
+        """As it was when `state` was called, on a device: what follows is computed alike, bit for bit."""
+        for history, of_history in zip(self.histories, state["histories"], strict=True):
+            history.restore(of_history, device)
+        for layer, of_layer in zip(self.layers, state["layers"], strict=True):
+            layer.restore(of_layer, device)
 
     def reset(self) -> None:
         super().reset()

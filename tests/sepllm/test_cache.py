@@ -84,7 +84,7 @@ def test_a_row_alone_follows_published_traces_by_default(name: str) -> None:
 def test_budgets_that_do_not_fit_are_refused_when_they_are_made() -> None:
     with pytest.raises(ValueError, match=r"init_cache_size \(1\) \+ sep_cache_size \(4\) \+ local_size \(3\) must be less than cache_size \(8\)"):
         budget_of(CASES["violates_budget"], 0)
-    for wrong in ({"initial": -1}, {"separators": 0}, {"local": 0}):
+    for wrong in ({"initial": -1}, {"separators": -1}, {"local": 0}):
         with pytest.raises(ValueError, match="counts tokens"):
             CacheBudget(**{"initial": 1, "separators": 1, "local": 1, "total": 9} | wrong)
 

@@ -256,3 +256,23 @@ def test_a_reset_cache_is_a_new_one() -> None:
         cache.reset()
         assert cache.get_seq_length() == cache.get_usable_length() == 0
     assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
+
+
+def test_a_cache_restored_from_a_file_goes_on_like_the_one_that_was_saved(tmp_path: Path) -> None:
+    text = torch.tensor([[5, 9, 6, 9, 7, 5, 9, 6, 7, 5, 5, 5, 9, 5]])
+    settings: dict[str, Any] = {"separator_token_ids": [9], "PADDING_ID": 0, "layer_num": 2, "USE_MAX_SEP_CACHE": True}
+    settings |= {"init_cache_size": 1, "sep_cache_size": 2, "local_size": [2, 3], "cache_size": [7, 8]}
+
+    def read(cache: SepCache, places: range) -> list[list[float]]:
+        """The keys of both layers after each token."""
+        updates = [cache.update(numbered(1, [p]), -numbered(1, [p]), layer, text[:, p : p + 1])[0] for p in places for layer in range(2)]
+        return [keys[0, 0, :, 0].tolist() for keys in updates]
+
+    saved, restored = SepCache(**settings), SepCache(**settings)
+    read(saved, range(9))
+    torch.save(saved.state(), tmp_path / "cache.pt")
+    restored.restore(torch.load(tmp_path / "cache.pt", weights_only=True), "cpu")
+    assert read(restored, range(9, 14)) == read(saved, range(9, 14))
+    assert restored.kv_ratio() == saved.kv_ratio()
+    with pytest.raises(ValueError, match="without reference_compat"):
+        SepCache(**settings, reference_compat=True).state()
