@@ -70,6 +70,10 @@ py::array_t<T> sample_index(const Array<int32_t>& sizes, const Array<int32_t>& o
     if (sizes.ndim() != 1 || order.ndim() != 1 || seq_length < 1 || num_samples < 0) {
         throw std::invalid_argument("sample_index takes rows of sizes and order, seq_length of at least 1, and num_samples of at least 0.");
     }
+    if (num_samples >= std::numeric_limits<int64_t>::max() / seq_length) {
+        throw std::invalid_argument(std::to_string(num_samples) + " samples of " + std::to_string(seq_length) +
+                                    " tokens are more than 64 bits can count.");
+    }
     py::array_t<T> rows({num_samples + 1, int64_t{2}});
     const Stream stream{sizes.data(), sizes.size(), order.data(), order.size()};
     T* out = rows.mutable_data();

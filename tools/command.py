@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 
 def exit_status(run: Callable[[], object]) -> int:
-    """0 when ``run`` returns; 2, with its message printed, when it raises ValueError or finds no such file."""
+    """0 when ``run`` returns; 2, with its message printed, when it raises ValueError or a file cannot be read or written."""
     try:
         run()
-    except (ValueError, FileNotFoundError) as mistake:
+    except (ValueError, OSError) as mistake:
         print(mistake, file=sys.stderr)
         return 2
     return 0

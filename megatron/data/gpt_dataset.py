@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NotRequired, Protocol, TypedDict
+from typing import NamedTuple, NotRequired, Protocol, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,14 @@ class Sample(TypedDict):
     """``[seq_length + 1]`` token ids: each is the input of its place and the label of the one before."""
     label: NotRequired[NDArray[np.int64]]
     """The same length; below 0 where the token must not be learned. Absent: everything is learned."""
+
+
+class Piece(NamedTuple):
+    """A stretch of a sequence, in tokens."""
+
+    sequence: int
+    offset: int
+    length: int
 
 
 class SampleDataset(Protocol):
@@ -46,8 +54,7 @@ class GPTDataset:
     """
 
     def __init__(self, tokens: IndexedDataset, index: SampleIndex, *, seq_length: int, labels: IndexedDataset | None = None) -> None:
-        if labels is not None and not np.array_equal(labels.sizes, tokens.sizes):
-            raise ValueError(f"{labels.prefix} does not hold one label for each token of {tokens.prefix}: make both from the same documents.")
+        _check_labels(tokens, labels)
         if not np.issubdtype(tokens.dtype, np.integer):
             raise ValueError(f"{tokens.prefix} holds {tokens.dtype}, and tokens are integers: give the prefix of a token file.")
         self.tokens = tokens
@@ -68,6 +75,7 @@ class GPTDataset:
         barrier: Callable[[], None] = lambda: None,
     ) -> GPTDataset:
         """The samples of a request; its index comes from the cache under ``name`` where that is right."""
+        _check_labels(tokens, labels)
         index = open_index(tokens, name, request, labels=labels, is_builder=is_builder, barrier=barrier)
         return cls(tokens, index, seq_length=request.seq_length, labels=labels)
 
@@ -79,33 +87,53 @@ class GPTDataset:
         return self.index.num_rows
 
     def __getitem__(self, place: int) -> Sample:
+        pieces = self.pieces(place)
+        text = self._row(self.tokens, pieces, padding=0)
+        if self.labels is not None:
+            return {"text": text, "label": self._row(self.labels, pieces, padding=IGNORED_LABEL)}
+        return {"text": text} if self.is_packed else {"text": text, "label": self._row(self.tokens, pieces, padding=IGNORED_LABEL)}
+
+    def pieces(self, place: int) -> list[Piece]:
+        """What a sample is made of, in order, cut where it is full."""
         if not 0 <= place < self.index.num_rows:
             raise IndexError(f"Sample {place} of {self.tokens.prefix} does not exist: it has {self.index.num_rows}, counted from 0.")
         sample = int(self.index.shuffle_idx[place])
-        text = self._row(self.tokens, sample, padding=0)
-        if self.labels is not None:
-            return {"text": text, "label": self._row(self.labels, sample, padding=IGNORED_LABEL)}
-        return {"text": text} if self.is_packed else {"text": text, "label": self._row(self.tokens, sample, padding=IGNORED_LABEL)}
+        left = self.seq_length + 1
+        kept: list[Piece] = []
+        for sequence, offset, length in self._packed_pieces(sample) if self.is_packed else self._whole_pieces(sample):
+            if left and length:
+                kept.append(Piece(sequence, offset, min(length, left)))
+                left -= kept[-1].length
+        return kept
 
-    def _row(self, source: IndexedDataset, sample: int, *, padding: int) -> NDArray[np.int64]:
-        pieces = self._packed_pieces(source, sample) if self.is_packed else self._whole_pieces(source, sample)
+    def _row(self, source: IndexedDataset, pieces: list[Piece], *, padding: int) -> NDArray[np.int64]:
         row = np.full(self.seq_length + 1, padding, dtype=np.int64)
         filled = 0
-        for piece in pieces:
-            taken = piece[: len(row) - filled]
-            row[filled : filled + len(taken)] = taken
-            filled += len(taken)
+        for sequence, offset, length in pieces:
+            row[filled : filled + length] = source.get(sequence, offset, length)
+            filled += length
         return row
 
-    def _packed_pieces(self, source: IndexedDataset, sample: int) -> list[NDArray]:
+    def _packed_pieces(self, sample: int) -> list[Piece]:
         """The sample's tokens and the one after them."""
         (first, begin), (last, end) = (map(int, self.index.sample_idx[row]) for row in (sample, sample + 1))
         doc_idx = self.index.doc_idx
         if first == last:
-            return [source.get(int(doc_idx[first]), begin, end - begin + 1)]
-        middle = [source[int(doc_idx[position])] for position in range(first + 1, last)]
-        return [source.get(int(doc_idx[first]), begin), *middle, source.get(int(doc_idx[last]), 0, end + 1)]
+            return [Piece(int(doc_idx[first]), begin, end - begin + 1)]
+        middle = [self._whole(position) for position in range(first + 1, last)]
+        sequence, _, size = self._whole(first)
+        return [Piece(sequence, begin, size - begin), *middle, Piece(int(doc_idx[last]), 0, end + 1)]
 
-    def _whole_pieces(self, source: IndexedDataset, sample: int) -> list[NDArray]:
+    def _whole_pieces(self, sample: int) -> list[Piece]:
         first, last = int(self.index.sample_idx[sample]), int(self.index.sample_idx[sample + 1])
-        return [source[int(self.index.doc_idx[position])] for position in range(first, last)]
+        return [self._whole(position) for position in range(first, last)]
+
+    def _whole(self, position: int) -> Piece:
+        """All of the sequence at a place of the reading order."""
+        sequence = int(self.index.doc_idx[position])
+        return Piece(sequence, 0, int(self.tokens.sizes[sequence]))
+
+
+def _check_labels(tokens: IndexedDataset, labels: IndexedDataset | None) -> None:
+    if labels is not None and not np.array_equal(labels.sizes, tokens.sizes):
+        raise ValueError(f"{labels.prefix} does not hold one label for each token of {tokens.prefix}: make both from the same documents.")

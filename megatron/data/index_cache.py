@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -95,7 +95,7 @@ class _Cache:
         except OSError as error:
             log.warning("The sample index %s cannot be kept (%s): every process builds its own, at every start.", self.base[0], error)
             return index
-        return _load(self.base[0]) or index
+        return self._load(self.base[0]) or index
 
     def _fingerprint(self) -> dict[str, object]:
         masked = None if self.is_masked is None else hashlib.sha256(self.is_masked.tobytes()).hexdigest()
@@ -118,14 +118,14 @@ class _Cache:
                 return self._refuse("its files have other lengths than when it was written")
             if verify and any(_describe(paths[array]) != files[array] for array in ARRAYS):
                 return self._refuse("its files changed after it was written")
-            return SampleIndex(**{array: np.load(path, mmap_mode="r", allow_pickle=False) for array, path in paths.items()})
-        except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
+            return _map_index(paths, is_packed=self.request.pack_impl == "packed")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             return self._refuse(f"it cannot be read ({error})")
 
     def _without_sidecar(self, base: str) -> SampleIndex | None:
         """Arrays of another program, if their content is an index of this data: each sequence once an epoch, each start where it
         belongs, each sample once. Their shuffles are taken as they are; the seed is in their name."""
-        index = _load(base) if self.request.pack_impl == "packed" else None
+        index = self._load(base) if self.request.pack_impl == "packed" else None
         if index is None:
             return None
         if (reason := self._misfit(index)) is not None:
@@ -139,6 +139,8 @@ class _Cache:
 
     def _misfit(self, index: SampleIndex) -> str | None:
         request, sizes = self.request, self.sizes
+        if packing.count_tokens(sizes, request) == 0:
+            return "its data holds no tokens"
         epochs, count = packing.num_epochs(request, sizes), packing.num_packed_samples(request, sizes)
         members = request.last_document - request.first_document
         if not _is_each(index.doc_idx, np.dtype(np.int32), first=request.first_document, count=members, times=epochs):
@@ -150,6 +152,16 @@ class _Cache:
         if not np.array_equal(index.sample_idx, sample_index(sizes, index.doc_idx, seq_length=request.seq_length, num_samples=count)):
             return "its sample_idx does not fit the lengths of the sequences"
         return None
+
+    def _load(self, base: str) -> SampleIndex | None:
+        """The three arrays, mapped. None where one is missing or is no array."""
+        try:
+            paths = {array: Path(f"{base}_{array}.npy") for array in ARRAYS}
+            return _map_index(paths, is_packed=self.request.pack_impl == "packed")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            return self._refuse(f"{base} cannot be read ({error})")
 
     def _refuse(self, reason: str) -> SampleIndex | None:
         """Nothing, and the log says why."""
@@ -166,15 +178,27 @@ def _is_each(values: NDArray, dtype: np.dtype, *, first: int, count: int, times:
     return bool((np.bincount(values.astype(np.int64) - first, minlength=count) == times).all())
 
 
-def _load(base: str) -> SampleIndex | None:
-    """The three arrays, mapped. None where one is missing or is no array."""
+def _map_index(paths: Mapping[str, Path], *, is_packed: bool) -> SampleIndex:
+    """The three arrays, mapped, and of the form that an index has. ValueError says what they are instead."""
+    index = SampleIndex(**{array: _map_array(path) for array, path in paths.items()})
+    rows = index.sample_idx.shape[0] - 1
+    if index.sample_idx.shape != ((rows + 1, 2) if is_packed else (rows + 1,)) or index.shuffle_idx.shape != (rows,) or index.doc_idx.ndim != 1:
+        shapes = ", ".join(f"{array} {getattr(index, array).shape}" for array in ARRAYS)
+        raise ValueError(f"the shapes {shapes} are not those of an index")
+    return index
+
+
+def _map_array(path: Path) -> NDArray:
+    """An array of integers, mapped."""
     try:
-        return SampleIndex(**{array: np.load(f"{base}_{array}.npy", mmap_mode="r", allow_pickle=False) for array in ARRAYS})
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
-        return None
-    except (OSError, ValueError, EOFError) as error:
-        log.warning("Not using the cached sample index %s: it cannot be read (%s).", base, error)
-        return None
+        raise
+    except Exception as error:  # on damaged headers numpy raises whatever its parsing stumbles over, IndexError and BadZipFile among others
+        raise ValueError(f"{path} holds no array: {type(error).__name__}: {error}") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu" or array.ndim == 0:
+        raise ValueError(f"{path} holds no row of integers")
+    return array
 
 
 def _describe(path: Path) -> dict[str, str | int]:

@@ -105,10 +105,8 @@ class IndexedDatasetWriter:
 
     def __init__(self, prefix: str | Path, dtype: DTypeLike) -> None:
         self.dtype = np.dtype(dtype).newbyteorder("<")
-        codes = {known: code for code, known in CODES.items()}
-        if self.dtype not in codes:
-            raise ValueError(f"Tokens cannot be stored as {self.dtype}: use one of {', '.join(str(known) for known in codes)}.")
-        self._code = codes[self.dtype]
+        if self.dtype not in CODES.values():
+            raise ValueError(f"Tokens cannot be stored as {self.dtype}: use one of {', '.join(map(str, CODES.values()))}.")
         self._final = file_names(prefix)
         self._parts = tuple(path.with_name(f"{path.name}.{os.getpid()}.part") for path in self._final)
         self._final[0].parent.mkdir(parents=True, exist_ok=True)
@@ -160,9 +158,7 @@ class IndexedDatasetWriter:
         sizes = np.asarray(self._sizes, dtype="<i4")
         offsets = np.zeros(len(sizes), dtype="<i8")
         np.cumsum(sizes[:-1], dtype=np.int64, out=offsets[1:])
-        header = HEADER.pack(MAGIC, VERSION, self._code, len(sizes), len(self._doc_idx))
-        documents = np.asarray(self._doc_idx, dtype="<i8")
-        return b"".join([header, sizes.tobytes(), (offsets * self.dtype.itemsize).tobytes(), documents.tobytes()])
+        return index_bytes(self.dtype, sizes=sizes, offsets=offsets * self.dtype.itemsize, doc_idx=np.asarray(self._doc_idx))
 
     def __enter__(self) -> IndexedDatasetWriter:
         return self
@@ -172,6 +168,13 @@ class IndexedDatasetWriter:
             self.close()
         else:
             self.discard()
+
+
+def index_bytes(dtype: np.dtype, *, sizes: NDArray[np.integer], offsets: NDArray[np.integer], doc_idx: NDArray[np.integer]) -> bytes:
+    """The content of an .idx. ``sizes`` in tokens, ``offsets`` in bytes; ``doc_idx`` begins with 0."""
+    code = next(code for code, known in CODES.items() if known == dtype)
+    header = HEADER.pack(MAGIC, VERSION, code, len(sizes), len(doc_idx))
+    return b"".join([header, sizes.astype("<i4").tobytes(), offsets.astype("<i8").tobytes(), doc_idx.astype("<i8").tobytes()])
 
 
 def _prefix_hint(prefix: str) -> str:
@@ -213,7 +216,8 @@ def _check_documents(doc_idx: NDArray[np.int64], num_sequences: int, path: Path)
     if len(doc_idx) > 1 and doc_idx[-1] != num_sequences:
         raise ValueError(f"{path} ends its last document at sequence {doc_idx[-1]}, but has {num_sequences} sequences: {MAKE_ANEW}")
     for start, stop in _chunks(len(doc_idx)):
-        if (np.diff(doc_idx[start : stop + 1]) < 0).any():
+        borders = doc_idx[start : stop + 1]
+        if (borders[1:] < borders[:-1]).any():  # compared, because a difference of two borders can overflow
             raise ValueError(f"{path} has document borders that run backwards: {MAKE_ANEW}")
 
 

@@ -1,1 +1,1 @@
-"""Making token files."""
+"""Making token files, and looking into them."""

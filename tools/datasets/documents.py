@@ -7,7 +7,10 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from pyarrow import parquet
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 COMPRESSED = (".gz", ".zst")
@@ -33,11 +36,9 @@ def read_documents(path: Path, keys: Sequence[str]) -> Iterator[tuple[str, ...]]
     if kind == ".txt":
         if len(keys) > 1:
             raise ValueError(f"{path} is plain text and has no fields: leave --jsonl-keys out, or give JSON lines.")
-        with _open(path) as file:
-            yield (file.read(),)
+        yield ("".join(_lines(path)),)
     elif kind in (".jsonl", ".json"):
-        with _open(path) as file:
-            yield from _json_lines(file, path, keys)
+        yield from _json_lines(path, keys)
     elif kind == ".parquet":
         yield from _parquet_rows(path, keys)
     else:
@@ -67,13 +68,26 @@ def _open(path: Path) -> TextIO:
     return open(path, encoding="utf-8")
 
 
-def _json_lines(file: TextIO, path: Path, keys: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    for number, line in enumerate(file, start=1):
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a text file. Where it is damaged, a ValueError that names it."""
+    with _open(path) as file:
+        try:
+            yield from file
+        except Exception as error:  # of the decoders, UnicodeDecodeError, EOFError, zlib.error and ZstdError among them, which share no base
+            raise _damage(path, error) from error
+
+
+def _damage(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} cannot be read to its end ({error}): it was cut short, or is no UTF-8 or not what its name says; make it again.")
+
+
+def _json_lines(path: Path, keys: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number} is not JSON ({error}): give one object a line.") from error
         fields = record if isinstance(record, dict) else {}
         yield tuple(_text(fields.get(key), key, f"{path}, line {number}", fields) for key in keys)
@@ -84,15 +98,23 @@ def _parquet_rows(path: Path, keys: Sequence[str]) -> Iterator[tuple[str, ...]]:
         from pyarrow import parquet
     except ImportError as error:
         raise ValueError(f"Reading {path} needs the package pyarrow: pip install pyarrow") from error
-    table = parquet.ParquetFile(path)
+    try:
+        table = parquet.ParquetFile(path)
+    except Exception as error:  # pyarrow raises several kinds, OSError and ArrowInvalid among them
+        raise _damage(path, error) from error
     missing = [key for key in keys if key not in table.schema_arrow.names]
     if missing:
         raise ValueError(f"{path} has no column {missing[0]}: name one of {', '.join(table.schema_arrow.names)} with --jsonl-keys.")
-    row = 0
-    for batch in table.iter_batches(batch_size=1024, columns=list(keys)):
-        for fields in batch.to_pylist():
-            row += 1
-            yield tuple(_text(fields[key], key, f"{path}, row {row}", fields) for key in keys)
+    for row, fields in enumerate(_rows(table, path, keys), start=1):
+        yield tuple(_text(fields[key], key, f"{path}, row {row}", fields) for key in keys)
+
+
+def _rows(table: parquet.ParquetFile, path: Path, keys: Sequence[str]) -> Iterator[dict[str, object]]:
+    try:
+        for batch in table.iter_batches(batch_size=1024, columns=list(keys)):
+            yield from batch.to_pylist()
+    except Exception as error:
+        raise _damage(path, error) from error
 
 
 def _text(value: object, key: str, place: str, fields: dict[str, object]) -> str:

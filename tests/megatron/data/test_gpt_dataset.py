@@ -4,10 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron.data.gpt_dataset import IGNORED_LABEL, GPTDataset
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
-from megatron.data.packing import PackImpl, SampleRequest, build_index
+from megatron.data.packing import PackImpl, SampleIndex, SampleRequest, build_index
 
 
 def write(prefix: Path, rows: list[list[int]], dtype: str = "i4") -> IndexedDataset:
@@ -109,7 +111,54 @@ def test_labels_of_other_lengths_are_refused(tmp_path: Path) -> None:
         open_dataset(tokens, request(2, seq_length=1), labels)
 
 
+@pytest.mark.parametrize("pack_impl", ["packed", "pack_until_overflow", "unpacked"])
+def test_fewer_labels_than_tokens_are_refused_before_an_index_is_built(pack_impl: PackImpl, tmp_path: Path) -> None:
+    tokens, labels = write(tmp_path / "x", [[1, 2], [3, 4]]), write(tmp_path / "y", [[1, 2]])
+    with pytest.raises(ValueError, match="does not hold one label for each token"):
+        GPTDataset.open(tokens, "train_0", request(2, seq_length=2, pack_impl=pack_impl), labels=labels)
+
+
 def test_a_file_of_floats_is_no_token_file(tmp_path: Path) -> None:
     tokens = write(tmp_path / "rewards", [[1, 2, 3]], "f4")
     with pytest.raises(ValueError, match="holds float32, and tokens are integers"):
         open_dataset(tokens, request(1))
+
+
+@pytest.mark.parametrize("pack_impl", ["packed", "pack_until_overflow", "unpacked"])
+def test_the_pieces_of_a_sample_are_its_tokens(pack_impl: PackImpl, tmp_path: Path) -> None:
+    tokens = write(tmp_path / "x", [[10, 11, 12], [], [20], [30, 31, 32, 33, 34, 35, 36], [40, 41]])
+    dataset = open_dataset(tokens, request(5, seq_length=4, pack_impl=pack_impl))
+    for place in range(dataset.num_readable):
+        read = [token for piece in dataset.pieces(place) for token in tokens.get(*piece).tolist()]
+        assert dataset[place]["text"].tolist() == read + [0] * (5 - len(read))
+        assert all(piece.length > 0 for piece in dataset.pieces(place))
+
+
+NUMBERS = st.one_of(st.integers(-6, 12), st.sampled_from([-(2**31), 2**31 - 1]))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    doc_idx=st.lists(NUMBERS, min_size=1, max_size=6),
+    sample_idx=st.lists(st.tuples(NUMBERS, NUMBERS), min_size=4, max_size=4),
+    shuffle_idx=st.lists(NUMBERS, min_size=3, max_size=3),
+    is_packed=st.booleans(),
+)
+def test_an_index_of_any_numbers_reads_tokens_of_the_file_or_says_that_they_do_not_exist(
+    doc_idx: list[int],
+    sample_idx: list[tuple[int, int]],
+    shuffle_idx: list[int],
+    is_packed: bool,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    tokens = write(tmp_path_factory.mktemp("any") / "x", [[10, 11, 12], [], [20], [30, 31, 32, 33, 34]])
+    rows = np.array(sample_idx, dtype=np.int32)
+    index = SampleIndex(doc_idx=np.array(doc_idx, dtype=np.int32), sample_idx=rows if is_packed else rows[:, 0], shuffle_idx=np.array(shuffle_idx))
+    dataset = GPTDataset(tokens, index, seq_length=4)
+    for place in range(3):
+        try:
+            text = dataset[place]["text"]
+        except IndexError:
+            continue
+        assert text.shape == (5,)
+        assert set(text.tolist()) <= {0, 10, 11, 12, 20, 30, 31, 32, 33, 34}

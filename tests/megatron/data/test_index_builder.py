@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from megatron.data import index_builder
-from megatron.data.index_builder import blend_index, build, load, sample_index, sample_index_dtype
+from megatron.data.index_builder import blend_index, build, compile_command, load, sample_index, sample_index_dtype
+from sepllm.ops.extension import COMPILERS, find_compiler
 
 
 def defined_sample_index(sizes: NDArray, order: NDArray, *, seq_length: int, num_samples: int) -> NDArray:
@@ -115,3 +118,58 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         pytest.skip("c++ is not on PATH")
     with pytest.raises(ValueError, match=r"cannot hold the compiled index builder .* set XDG_CACHE_HOME"):
         build(tmp_path / "file" / "cache")
+
+
+def test_more_tokens_than_64_bits_count_are_refused() -> None:
+    sizes = np.full(3, 2**31 - 1, dtype=np.int32)
+    with pytest.raises(ValueError, match="more than 64 bits can count"):
+        load().sample_index_int64(sizes, np.arange(3, dtype=np.int32), seq_length=2**62, num_samples=4)
+
+
+HOSTILE_CALLS = """
+import importlib.util
+import sys
+import numpy as np
+spec = importlib.util.spec_from_file_location("sepllm_dataset_index", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+random = np.random.RandomState(0)
+numbers = [-(2**31), -1, 0, 1, 2, 3, 7, 2**31 - 1]
+wide = [-1, 0, 1, 2, 5, 2**31, 2**62, 2**63 - 1]
+calls = refused = 0
+for _ in range(3000):
+    sizes = random.choice(numbers, random.randint(0, 5)).astype(np.int32)
+    order = random.choice(numbers[1:7], random.randint(0, 7)).astype(np.int32)
+    length, samples = int(random.choice(wide[:7])), int(random.choice([-1, 0, 1, 2, 5, 40]))
+    for build in (module.sample_index_int32, module.sample_index_int64):
+        calls += 1
+        try:
+            build(sizes, order, seq_length=length, num_samples=samples)
+        except ValueError:
+            refused += 1
+    calls += 1
+    try:
+        module.blend_index(random.choice([0.0, 1.0, -1.0, np.nan, np.inf, 1e308], random.randint(0, 4)), int(random.choice([-1, 0, 1, 50])))
+    except ValueError:
+        refused += 1
+print(calls, refused)
+"""
+
+
+@pytest.mark.slow
+def test_no_input_makes_the_compiled_code_leave_its_arrays_or_overflow(tmp_path: Path) -> None:
+    """The same source, built with the compiler's checks of addresses and arithmetic."""
+    compiler = find_compiler(COMPILERS)
+    # libstdc++ too: without it at the start, the checks cannot follow the exceptions of a module that Python loads later.
+    names = ("libasan.so", "libstdc++.so.6")
+    found = [subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip() for name in names]
+    if not all(Path(library).is_file() for library in found):
+        pytest.skip(f"{compiler} comes without {' or '.join(names)}")
+    flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    subprocess.run([*compile_command(compiler, tmp_path / "checked.so"), *flags], check=True)
+    environment = {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1"}
+    command = [sys.executable, "-c", HOSTILE_CALLS, str(tmp_path / "checked.so")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    calls, refused = map(int, done.stdout.split())
+    assert 0 < refused < calls

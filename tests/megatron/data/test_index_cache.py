@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import hashlib
+import io
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron.data import index_cache
 from megatron.data.index_cache import cache_names, open_index
@@ -178,3 +183,92 @@ def test_the_barrier_is_reached_even_if_the_build_fails(tokens: IndexedDataset) 
 
 def void(value: object) -> None:
     """For lambdas that must return nothing."""
+
+
+def npy(values: object) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, values, allow_pickle=True)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def npz() -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, np.arange(3))
+    return buffer.getvalue()
+
+
+def npy_header(text: str) -> bytes:
+    """An array file with this header, and some bytes behind it."""
+    content = text.encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(content).to_bytes(2, "little") + content + bytes(64)
+
+
+HOSTILE = {
+    "an archive of arrays": npz(),
+    "the beginning of an archive": b"PK\x03\x04 and no more",
+    "objects": npy(np.array([{}, 3], dtype=object)),
+    "floats": npy(np.zeros(20)),
+    "one number": npy(np.int32(3)),
+    "a cube": npy(np.zeros((2, 2, 2), dtype=np.int32)),
+    "no rows": npy(np.zeros((0, 2), dtype=np.int32)),
+    "no dtype": npy_header("{'descr': (), 'fortran_order': False, 'shape': (3,)}"),
+    "an open bracket": npy_header("{'descr': ("),
+    "fewer than no rows": npy_header("{'descr': '<i4', 'fortran_order': False, 'shape': (-3,)}"),
+    "more rows than bytes": npy_header("{'descr': '<i4', 'fortran_order': False, 'shape': (4611686018427387904,)}"),
+    "brackets in brackets": npy_header("(" * 5000),
+    "a huge item": npy_header("{'descr': '<i99999999999999999999', 'fortran_order': False, 'shape': (3,)}"),
+}
+
+
+def forge(tokens: IndexedDataset, array: str) -> None:
+    """Makes the sidecar vouch for the array as it is now."""
+    path = array_path(tokens, array)
+    sidecar = Path(f"{cache_names(tokens.prefix, 'train_0', REQUEST)[0]}_index.json")
+    content = json.loads(sidecar.read_text())
+    content["files"][array] |= {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    sidecar.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("array", ["doc_idx", "sample_idx", "shuffle_idx"])
+@pytest.mark.parametrize("content", HOSTILE)
+@pytest.mark.parametrize("has_sidecar", [True, False])
+def test_a_file_that_is_no_index_is_built_anew(array: str, content: str, has_sidecar: bool, tokens: IndexedDataset) -> None:
+    if has_sidecar:
+        open_index(tokens, "train_0", REQUEST)
+    else:
+        write_foreign(tokens, old_name=False)
+    array_path(tokens, array).write_bytes(HOSTILE[content])
+    if has_sidecar:
+        forge(tokens, array)
+    assert is_right(open_index(tokens, "train_0", REQUEST, is_builder=False), tokens)
+    assert is_right(open_index(tokens, "train_0", REQUEST), tokens)
+
+
+@settings(max_examples=120, deadline=None)
+@given(place=st.integers(0, 200), change=st.binary(min_size=1, max_size=8), array=st.sampled_from(["doc_idx", "sample_idx", "shuffle_idx"]))
+def test_a_mutated_array_that_its_sidecar_vouches_for_is_an_index_or_built_anew(
+    place: int, change: bytes, array: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    tokens = write(tmp_path_factory.mktemp("mutated"))
+    open_index(tokens, "train_0", REQUEST)
+    path = array_path(tokens, array)
+    content = bytearray(path.read_bytes())
+    content[place : place + len(change)] = change
+    path.write_bytes(bytes(content))
+    forge(tokens, array)
+    index = open_index(tokens, "train_0", REQUEST)
+    assert index.sample_idx.shape == (index.num_rows + 1, 2)
+    assert all(values.dtype.kind in "iu" for values in (index.doc_idx, index.sample_idx, index.shuffle_idx))
+
+
+def test_a_sidecar_of_brackets_in_brackets_is_built_anew(tokens: IndexedDataset) -> None:
+    open_index(tokens, "train_0", REQUEST)
+    Path(f"{cache_names(tokens.prefix, 'train_0', REQUEST)[0]}_index.json").write_text("[" * 200_000)
+    assert is_right(open_index(tokens, "train_0", REQUEST), tokens)
+
+
+def test_an_index_beside_data_without_tokens_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    full = write(tmp_path)
+    write_foreign(full, old_name=False)
+    with pytest.raises(ValueError, match="hold no tokens"):
+        open_index(write(tmp_path, np.zeros(20, dtype=int)), "train_0", REQUEST)

@@ -64,6 +64,7 @@ FAULTS = {
     "borders that end early": (index_bytes(borders=(0, 1, 2, 3)), "ends its last document at sequence 3, but has 4"),
     "borders that end late": (index_bytes(borders=(0, 1, 2, 3, 5)), "ends its last document at sequence 5"),
     "borders that run backwards": (index_bytes(borders=(0, 3, 1, 4)), "run backwards"),
+    "borders whose difference overflows": (index_bytes(borders=(0, 2**63 - 1, -2, 3, 4)), "run backwards"),
     "wider tokens than the .bin": (index_bytes(code=4), "does not lie in"),
 }
 
@@ -114,6 +115,33 @@ def test_a_damaged_index_is_refused_or_stays_inside_the_bin(place: int, change: 
         return
     for sequence in range(len(dataset)):
         assert len(dataset[sequence]) == dataset.sizes[sequence]
+
+
+INTERESTING = st.sampled_from([-(2**63), -(2**31), -2, -1, 0, 1, 2, 3, 4, 6, 8, 12, 2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 2, 2**63 - 1])
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    code=st.integers(0, 9),
+    sizes=st.lists(st.one_of(st.integers(0, 4), INTERESTING.filter(lambda value: -(2**31) <= value < 2**31)), max_size=5),
+    offsets=st.lists(st.one_of(st.integers(0, 12), INTERESTING), min_size=5, max_size=5),
+    borders=st.lists(st.one_of(st.integers(0, 5), INTERESTING), max_size=5),
+    bin_bytes=st.integers(0, 24),
+)
+def test_any_numbers_are_refused_or_stay_inside_the_bin(
+    code: int, sizes: list[int], offsets: list[int], borders: list[int], bin_bytes: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    prefix = tmp_path_factory.mktemp("numbers") / "x"
+    index_path(prefix).write_bytes(index_bytes(code=code, sizes=tuple(sizes), offsets=tuple(offsets[: len(sizes)]), borders=tuple(borders)))
+    Path(f"{prefix}.bin").write_bytes(bytes(bin_bytes))
+    try:
+        dataset = IndexedDataset(prefix)
+    except ValueError:
+        return
+    assert [len(row) for row in dataset] == sizes
+    assert sorted(dataset.doc_idx.tolist()) == dataset.doc_idx.tolist()
+    assert dataset.doc_idx.min() == 0
+    assert dataset.doc_idx.max() in (0, len(sizes))
 
 
 def test_a_merged_index_without_documents_is_read(tmp_path: Path) -> None:
