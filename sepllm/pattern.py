@@ -18,6 +18,8 @@ from typing import Literal
 
 UNBOUNDED = 2**30
 """A window that covers any sequence: the layer is full causal attention."""
+SEPARATORS = (".", ",", "?", "!", ";", ":", " ", "\t", "\n")
+"""SepLLM's nine separators, in its order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

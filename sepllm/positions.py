@@ -57,8 +57,12 @@ def rotary_table(
     The second half of the last axis repeats the first, as `apply_rotary` wants it. Angles are computed in ``angle_dtype``; fp16
     there repeats Pythia's own training, whose frequencies were halved.
     """
-    frequency = rotary_frequencies(rotary_dims, base=base, device=positions.device).to(angle_dtype)
-    angle = positions[..., None].to(angle_dtype) * frequency
+    return table_of_frequencies(positions, rotary_frequencies(rotary_dims, base=base, device=positions.device).to(angle_dtype), dtype=dtype)
+
+
+def table_of_frequencies(positions: Tensor, frequencies: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The same for ``frequencies [R / 2]``, radians per position of each pair, in whose dtype the angles are computed."""
+    angle = positions[..., None].to(frequencies.dtype) * frequencies
     angle = torch.cat([angle, angle], -1)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 

@@ -46,7 +46,9 @@ def test_runs_that_the_documents_show_resolve(command: str, imported: Path) -> N
 def test_tools_that_the_documents_show_take_these_words(command: str) -> None:
     words = shlex.split(command)[1:]
     name = words[1] if words[0] == "-m" else words[0].removesuffix(".py").replace("/", ".")
-    importlib.import_module(name)._parser().parse_args(words[2 if words[0] == "-m" else 1 :])
+    words = words[2 if words[0] == "-m" else 1 :]
+    understood = repr(importlib.import_module(name)._parser().parse_args(words))
+    assert all(word.rstrip("/") in understood for word in words if not word.startswith("-"))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from megatron.config.schema import TokenizerConfig
+from sepllm.pattern import SEPARATORS
 
 if TYPE_CHECKING:
     import sentencepiece
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 END_OF_TEXT = "<|endoftext|>"
-SEPARATORS = (".", ",", "?", "!", ";", ":", " ", "\t", "\n")
-"""SepLLM's separators, in its order."""
 
 
 class Tokenizer(Protocol):

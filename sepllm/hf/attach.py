@@ -25,7 +25,7 @@ from sepllm.hf.falcon import use_interface, use_own_attention
 from sepllm.hf.layout_cache import LayoutLayer, layout_layer
 from sepllm.layout import KeyRanges, TokenLayout
 from sepllm.pattern import AttentionPattern
-from sepllm.positions import apply_rotary
+from sepllm.positions import apply_rotary, table_of_frequencies
 
 NUM_CHECKED_TOKENS = 8
 """Length of the text on which `attach` compares the model with and without it."""
@@ -379,9 +379,7 @@ class _Rotary:
 
     def table(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[B, S, R]`` for ``positions [B, S]``, from angles in fp32."""
-        angle = positions[..., None].float() * self.frequencies.to(positions.device, torch.float32)
-        angle = torch.cat([angle, angle], -1)
-        return angle.cos().to(dtype), angle.sin().to(dtype)
+        return table_of_frequencies(positions, self.frequencies.to(positions.device, torch.float32), dtype=dtype)
 
 
 def _for_layers(pattern: AttentionPattern, num_layers: int) -> AttentionPattern:

@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-SEPARATORS = (".", ",", "?", "!", ";", ":", " ", "\t", "\n")
-"""SepLLM's nine."""
+from sepllm.pattern import SEPARATORS
 
 _BLANKS = {"Ġ": " ", "Ċ": "\n", "ĉ": "\t", "▁": " ", "<0x20>": " ", "<0x0A>": "\n", "<0x09>": "\t"}
 """How tokenizers write blanks in their vocabularies: byte-level ones, and SentencePiece."""

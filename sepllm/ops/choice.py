@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -34,3 +36,18 @@ def load(device_type: str) -> None:
     extension.load()
     if device_type == "cuda":
         extension.load_cuda()
+
+
+def once_loaded(declare: Callable[[], None]) -> Callable[..., None]:
+    """``register(device_type="cpu")``: loads the compiled operators of a device and, the first time, tells torch what ``declare`` says of some.
+
+    A compiler has it done, and does not look inside.
+    """
+    declare_once = functools.cache(declare)
+
+    @torch.compiler.assume_constant_result
+    def register(device_type: str = "cpu") -> None:
+        load(device_type)
+        declare_once()
+
+    return register

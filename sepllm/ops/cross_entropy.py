@@ -7,7 +7,6 @@ the gradient over the logits. Arithmetic is fp32 for every dtype (fp64 for fp64)
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -159,15 +158,8 @@ class _WrittenOut(torch.autograd.Function):
         return gradient, None, None, None, None, None
 
 
-@torch.compiler.assume_constant_result
-def register(device_type: str = "cpu") -> None:
-    """Loads the compiled operators of a device and tells torch their shapes and gradient. A compiler has it done, and does not look inside."""
-    choice.load(device_type)
-    _register()
-
-
-@functools.cache
-def _register() -> None:
+@choice.once_loaded
+def register() -> None:
     torch.library.register_fake("sepllm::cross_entropy_statistics", _fake_statistics)
     torch.library.register_fake("sepllm::cross_entropy_write_gradient", lambda *_: None)
     torch.library.register_fake("sepllm::cross_entropy_gradient", lambda logits, *_: logits.new_empty(logits.shape))

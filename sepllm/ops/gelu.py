@@ -5,7 +5,6 @@ The backward pass computes the sum of input and bias again, so that only the inp
 
 from __future__ import annotations
 
-import functools
 from typing import Literal
 
 import torch
@@ -49,15 +48,8 @@ def _check(approximate: str) -> None:
         raise ValueError(f"approximate is {approximate!r}: use tanh or none.")
 
 
-@torch.compiler.assume_constant_result
-def register(device_type: str = "cpu") -> None:
-    """Loads the compiled operators of a device and tells torch their shapes and gradient. A compiler has it done, and does not look inside."""
-    choice.load(device_type)
-    _register()
-
-
-@functools.cache
-def _register() -> None:
+@choice.once_loaded
+def register() -> None:
     torch.library.register_fake("sepllm::bias_gelu", lambda x, *_: x.new_empty(x.shape))
     torch.library.register_fake("sepllm::bias_gelu_backward", _fake_backward)
     torch.library.register_autograd("sepllm::bias_gelu", _backward, setup_context=_save)

@@ -7,7 +7,6 @@ gradients of everything.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sepllm.ops import choice, extension
+from sepllm.ops import choice
 
 
 class Affine(NamedTuple):
@@ -62,16 +61,8 @@ def _reference(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tenso
     return functional.layer_norm(x.to(weight.dtype), x.shape[-1:], weight, bias, epsilon).to(x.dtype)
 
 
-@torch.compiler.assume_constant_result
-def register(device_type: str = "cpu") -> None:
-    """Loads the compiled operators of a device and tells torch their shapes and gradient. A compiler has it done, and does not look inside."""
-    choice.load(device_type)
-    _register()
-
-
-@functools.cache
-def _register() -> None:
-    extension.load()
+@choice.once_loaded
+def register() -> None:
     torch.library.register_fake("sepllm::layer_norms", _fake)
     torch.library.register_fake("sepllm::layer_norms_backward", _fake_backward)
     torch.library.register_autograd("sepllm::layer_norms", _backward, setup_context=_save)

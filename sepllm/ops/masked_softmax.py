@@ -3,8 +3,6 @@ plain torch."""
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -27,15 +25,8 @@ def masked_softmax(scores: Tensor, is_read: Tensor, *, scale: float = 1.0, impl:
     return torch.ops.sepllm.masked_softmax(scores, is_read, scale)
 
 
-@torch.compiler.assume_constant_result
-def register(device_type: str = "cpu") -> None:
-    """Loads the compiled operators of a device and tells torch their shapes and gradient. A compiler has it done, and does not look inside."""
-    choice.load(device_type)
-    _register()
-
-
-@functools.cache
-def _register() -> None:
+@choice.once_loaded
+def register() -> None:
     torch.library.register_fake("sepllm::masked_softmax", lambda scores, *_: scores.new_empty(scores.shape))
     torch.library.register_fake("sepllm::masked_softmax_backward", lambda grad_weights, *_: grad_weights.new_empty(grad_weights.shape))
     torch.library.register_autograd("sepllm::masked_softmax", _backward, setup_context=_save)

@@ -6,13 +6,12 @@ keeps one tensor for its backward instead of three; its gradient is built as one
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sepllm.ops import choice, extension
+from sepllm.ops import choice
 
 
 class Heads(NamedTuple):
@@ -95,16 +94,8 @@ class _RotatePacked(torch.autograd.Function):
         return torch.ops.sepllm.rotate_packed_backward(dq, dk, dv, *ctx.saved_tensors), None, None, None, None, None
 
 
-@torch.compiler.assume_constant_result
-def register(device_type: str = "cpu") -> None:
-    """Loads the compiled operators of a device and tells torch their shapes. A compiler has it done, and does not look inside."""
-    choice.load(device_type)
-    _register()
-
-
-@functools.cache
-def _register() -> None:
-    extension.load()
+@choice.once_loaded
+def register() -> None:
     torch.library.register_fake("sepllm::rotate_packed", lambda *_: None)
     torch.library.register_fake("sepllm::rotate_packed_backward", _fake_backward)
 

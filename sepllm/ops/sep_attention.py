@@ -6,13 +6,12 @@ softmax. The kernels do the work of these pairs only, forward and backward, and 
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sepllm.ops import attention_reference, extension
+from sepllm.ops import attention_reference, choice
 from sepllm.ops.attention_reference import Adjustment, Bias
 
 STANDARD, RAW, NORMALISED = range(3)
@@ -72,15 +71,8 @@ def _kind(adjustment: Adjustment | None) -> tuple[int, float, float]:
     return NORMALISED if adjustment.is_normalised else RAW, adjustment.numerator_bias, adjustment.denominator_bias
 
 
-@torch.compiler.assume_constant_result
+@choice.once_loaded
 def register() -> None:
-    """Loads the compiled operator and tells torch its shapes and its gradient. A compiler has it done, and does not look inside."""
-    _register()
-
-
-@functools.cache
-def _register() -> None:
-    extension.load()
     torch.library.register_fake("sepllm::sep_attention", _fake)
     torch.library.register_fake("sepllm::sep_attention_backward", _fake_backward)
     torch.library.register_autograd("sepllm::sep_attention", _backward, setup_context=_save)

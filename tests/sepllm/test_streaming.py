@@ -399,4 +399,6 @@ def test_books_of_pg19_are_asked_for_as_files(folders: Path, capsys: pytest.Capt
 
 @pytest.mark.parametrize("line", re.findall(r"^ {4}python -m sepllm\.streaming (.*(?:\n {8}.*)*)$", PAGE, re.MULTILINE))
 def test_commands_of_the_document_are_understood(line: str) -> None:
-    command._parser().parse_args(shlex.split(line.replace("\\\n", " ")))
+    words = shlex.split(line.replace("\\\n", " "))
+    understood = repr(command._parser().parse_args(words))
+    assert all(word in understood for word in words if not word.startswith("-"))

@@ -41,10 +41,8 @@ def main(argv: Sequence[str] | None = None, *, known: Callable[[torch.device], S
     failures: list[str] = []
     try:
         for result, failures_so_far in results(arguments, known(torch.device(arguments.device))):
-            words = (str(result.header["date"]), str(result.header["device"]), "attention", *arguments.dtype)
-            save_as = report.base_name(*words) if arguments.save else None
             failures = failures_so_far
-            written = report.write(result, json_path=arguments.json, png_path=arguments.png, save_as=save_as)
+            written = report.save(result, arguments, "attention", *arguments.dtype)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1

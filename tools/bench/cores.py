@@ -126,8 +126,7 @@ def main(argv: Sequence[str] | None = None, *, cases: Sequence[Case] = CASES) ->
         title=title,
         picture=None,
     )
-    save_as = report.base_name(machine.date, machine.device, "cores", *arguments.dtype) if arguments.save else None
-    for path in report.write(result, json_path=arguments.json, png_path=None, save_as=save_as):
+    for path in report.save(result, arguments, "cores", *arguments.dtype):
         print(f"wrote {path}")
     return 1 if any(verdict.is_bad for verdict in verdicts) else 0
 

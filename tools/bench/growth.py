@@ -110,9 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
-    words = (str(result.header["date"]), str(result.header["device"]), "growth", arguments.dtype)
-    save_as = report.base_name(*words) if arguments.save else None
-    for path in report.write(result, json_path=arguments.json, png_path=arguments.png, save_as=save_as):
+    for path in report.save(result, arguments, "growth", arguments.dtype):
         print(f"wrote {path}")
     return 0
 

@@ -68,9 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 1
-    words = (str(result.header["date"]), str(result.header["device"]), "loader", arguments.model, f"s{arguments.seq_length}")
-    save_as = report.base_name(*words) if arguments.save else None
-    for path in report.write(result, json_path=arguments.json, png_path=None, save_as=save_as):
+    for path in report.save(result, arguments, "loader", arguments.model, f"s{arguments.seq_length}"):
         print(f"wrote {path}")
     return 0 if is_enough else 1
 

@@ -104,9 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
-    words = (str(result.header["date"]), str(result.header["device"]), "profile", arguments.model, arguments.dtype, f"s{arguments.seq_length}")
-    save_as = report.base_name(*words) if arguments.save else None
-    for path in report.write(result, json_path=arguments.json, png_path=None, save_as=save_as):
+    for path in report.save(result, arguments, "profile", arguments.model, arguments.dtype, f"s{arguments.seq_length}"):
         print(f"wrote {path}")
     return 0
 

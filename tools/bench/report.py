@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -101,6 +102,12 @@ def write(result: Result, *, json_path: Path | None, png_path: Path | None, save
             result.picture(path)
             written.append(path)
     return written
+
+
+def save(result: Result, arguments: argparse.Namespace, *words: str) -> list[Path]:
+    """The files that ``--json``, ``--png`` (where there is one) and ``--save`` ask for. ``words``: what a saved name says beside date and device."""
+    save_as = base_name(str(result.header["date"]), str(result.header["device"]), *words) if arguments.save else None
+    return write(result, json_path=arguments.json, png_path=getattr(arguments, "png", None), save_as=save_as)
 
 
 def base_name(date: str, device: str, *words: str) -> str:

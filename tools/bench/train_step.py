@@ -50,9 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     engine = ("deepspeed",) if arguments.engine == "deepspeed" and not arguments.parity else ()
-    words = (str(result.header["date"]), str(result.header["device"]), kind, arguments.model, arguments.dtype, *engine)
-    save_as = report.base_name(*words) if arguments.save else None
-    for path in report.write(result, json_path=arguments.json, png_path=arguments.png, save_as=save_as):
+    for path in report.save(result, arguments, kind, arguments.model, arguments.dtype, *engine):
         print(f"wrote {path}")
     for failure in failures:
         print(f"WRONG, and therefore without a row: {failure}", file=sys.stderr)

@@ -12,7 +12,8 @@ import argparse
 import sys
 from collections.abc import Iterable, Sequence
 
-from megatron.data.tokenizer import SEPARATORS, Tokenizer, find_separator_ids
+from megatron.data.tokenizer import Tokenizer, find_separator_ids
+from sepllm.pattern import SEPARATORS
 from tools.command import exit_status
 from tools.sepllm.vocabulary import open_tokenizer, readable
 

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sepllm.hf import SepLLMGPTNeoXConfig, SepLLMGPTNeoXForCausalLM
 from sepllm.pattern import AttentionPattern, SelfAdjust
+from tests.sepllm.hf.published import PUBLISHED
 
 SEPARATORS = [15, 13, 32, 2, 28, 27, 209, 186, 187]
 CONVERTER = {
@@ -18,44 +19,7 @@ CONVERTER = {
     "model_type": "sepllm_gpt_neox",
     "torch_dtype": "float16",
     "transformers_version": "4.38.0",
-    "vocab_size": 50304,
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_layers": 12,
-    "num_attention_heads": 12,
-    "max_position_embeddings": 2048,
-    "model_parallel_size": 1,
-    "initializer_range": 0.02,
-    "tie_word_embeddings": False,
-    "use_cache": True,
-    "pos_emb": "rotary",
-    "mup_rp_embedding_mult": 1.0,
-    "rotary_pct": 0.25,
-    "rotary_emb_base": 10000,
-    "use_parallel_residual": True,
-    "layer_norm_eps": 1e-05,
-    "intermediate_size": 3072,
-    "separator_token_ids": SEPARATORS,
-    "PADDING_ID": 0,
-    "prefill_local_window_size": 64,
-    "generate_local_window_size": 64,
-    "USE_PREFILL_LOCAL_WIN_SIZES_wrt_LAYERS": False,
-    "USE_GENERATE_LOCAL_WIN_SIZES_wrt_LAYERS": False,
-    "prefill_loc_win_size_list": [128] * 12,
-    "generate_win_loc_size_list": [128] * 12,
-    "init_tok_max_idx": 2,
-    "USE_ORIGINAL_FULL_ATTEN": False,
-    "streamingLLM": False,
-    "PRINT_KV_RATIO": False,
-    "print_ratio_intervals": 100,
-    "EXCLUDE_DIAGONAL": True,
-    "USE_BiPE": False,
-    "BiPE_seps": SEPARATORS,
-    "USE_SA_SOFTMAX": False,
-    "USE_SA_SOFTMAX_NO_DENO": False,
-    "SA_Numerator_Bias": 0.0,
-    "SA_Denominator_Bias": 1e-10,
-    "BATCH_ADAPTIVE_INIT_POS": False,
+    **PUBLISHED,
 }
 """What every folder of the 160m size shares."""
 

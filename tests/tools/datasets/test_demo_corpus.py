@@ -13,7 +13,8 @@ import yaml
 import prepare_data
 from megatron.config.schema import TokenizerConfig
 from megatron.data.indexed import IndexedDataset
-from megatron.data.tokenizer import SEPARATORS, build_tokenizer
+from megatron.data.tokenizer import build_tokenizer
+from sepllm.pattern import SEPARATORS
 from tools.datasets import demo_corpus
 from tools.datasets.demo_corpus import SPLITS, Document, acts_of, build, king_james, shakespeare, split_of, without_markup, without_verse_numbers
 
