@@ -8,7 +8,8 @@ from torch.nn import functional
 from megatron.config.schema import ModelConfig
 from megatron.model.mlp import MLP
 from megatron.model.norms import make_norm
-from megatron.model.self_attention import LayerPass, SelfAttention
+from megatron.model.passes import LayerPass
+from megatron.model.self_attention import SelfAttention
 from sepllm.ops.layer_norm import Affine, two_layer_norms
 
 

@@ -18,13 +18,11 @@ from megatron.model.cache import KeyValueCache
 from megatron.model.embedding import Embedding
 from megatron.model.init import initialise
 from megatron.model.norms import make_norm
+from megatron.model.passes import LayerPass, layer_passes
 from megatron.model.recompute import Recompute
-from megatron.model.self_attention import LayerPass, rotary_dims
-from sepllm.attention import PositionBias, prepare, spec_of
-from sepllm.layout import KeyRanges, TokenLayout
+from sepllm.layout import TokenLayout
 from sepllm.ops.cross_entropy import cross_entropy as fused_cross_entropy
-from sepllm.pattern import Softmax
-from sepllm.positions import Positions, alibi_slopes, rotary_table
+from sepllm.positions import Positions
 
 EMBEDDING = 0
 """Place of the embedding in the list of layers. Places 1 and ``num_layers + 2`` reshape in GPT-NeoX and hold nothing."""
@@ -114,7 +112,9 @@ class GPTModel(nn.Module):
         if embedding.position_embeddings is not None:
             positions.check_embedded(self.config.max_position_embeddings, offset=self.config.opt_pos_emb_offset)
         hidden_BTD = embedding(ids, positions.embedded)
-        hidden_BTD = self._blocks(hidden_BTD, self._passes(layout, positions, cache, like=hidden_BTD))
+        passes = layer_passes(layout, positions, self.config, like=hidden_BTD, core=self.core, cache=cache, is_training=self.training)
+        self.attention_cores = tuple(of_layer.core for of_layer in passes)
+        hidden_BTD = self._blocks(hidden_BTD, passes)
         hidden_BTD = self.sequential[str(self.config.num_layers + 3)](hidden_BTD)
         if self.config.no_weight_tying:
             return self.sequential[str(self.config.num_layers + 4)](hidden_BTD)
@@ -138,37 +138,6 @@ class GPTModel(nn.Module):
         for layer in group:
             hidden_BTD = self.sequential[str(FIRST_BLOCK + layer)](hidden_BTD, passes[layer])
         return hidden_BTD
-
-    def _passes(self, layout: TokenLayout, positions: Positions, cache: KeyValueCache | None, *, like: Tensor) -> list[LayerPass]:
-        """What each layer works with. Positions are as the blocks want them: tables of the dtype of ``like``, or slopes."""
-        config = self.config
-        rotary = bias = None
-        if config.pos_emb == "rotary":
-            rotary = rotary_table(
-                positions.queries,
-                rotary_dims=rotary_dims(config),
-                base=config.rotary_emb_base,
-                dtype=like.dtype,
-                angle_dtype=torch.float16 if config.rotary_angles == "fp16" else torch.float32,
-            )
-        if config.pos_emb == "alibi":
-            slopes = alibi_slopes(config.num_attention_heads).to(like.device)
-            bias = PositionBias(slopes=slopes, query_positions=positions.queries, key_positions=positions.keys)
-        ranges = tuple(layout.ranges(layer) for layer in range(config.num_layers))
-        self.attention_cores = self._prepared_cores(ranges, layout.pattern.softmax, bias, like=like)
-        softmax = layout.pattern.softmax
-        return [
-            LayerPass(ranges=of_layer, core=core, softmax=softmax, rotary=rotary, bias=bias, cache=cache)
-            for of_layer, core in zip(ranges, self.attention_cores, strict=True)
-        ]
-
-    def _prepared_cores(self, ranges: tuple[KeyRanges, ...], softmax: Softmax, bias: PositionBias | None, *, like: Tensor) -> tuple[str, ...]:
-        """Which core computes each layer, all of them prepared, so that nothing is worked out inside a layer."""
-        dropout = self.config.attention_dropout if self.training else 0.0
-        return tuple(
-            prepare(of_layer, spec_of(like, of_layer, softmax=softmax, bias=bias, dropout=dropout, needs_grad=torch.is_grad_enabled()), self.core)
-            for of_layer in ranges
-        )
 
     def compile_blocks(self, *, backend: str = "inductor") -> None:
         """Has `torch.compile` build the blocks, when they first run: one graph for all layers of the same window and core."""

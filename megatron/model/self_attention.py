@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from megatron.config.schema import ModelConfig
-from megatron.model.cache import KeyValueCache
 from megatron.model.norms import make_norm
-from sepllm.attention import PositionBias, attend
-from sepllm.layout import KeyRanges
+from megatron.model.passes import LayerPass, rotary_dims
+from sepllm.attention import attend
 from sepllm.ops.choice import Impl
 from sepllm.ops.rotary import Heads, rotate_packed, split_packed
-from sepllm.pattern import Softmax
 from sepllm.positions import apply_rotary, rotary_frequencies
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerPass:
-    """What one layer of a forward pass works with; layers with the same window and core may share it."""
-
-    ranges: KeyRanges
-    """What the queries read."""
-    core: str
-    """Which attention core computes."""
-    softmax: Softmax
-    rotary: tuple[Tensor, Tensor] | None
-    """Cosines and sines, ``[B, T, R]``."""
-    bias: PositionBias | None
-    cache: KeyValueCache | None
 
 
 class SelfAttention(nn.Module):
@@ -110,11 +92,6 @@ class SavedFrequencies(nn.Module):
 
     def _load_from_state_dict(self, *_: object) -> None:
         pass
-
-
-def rotary_dims(config: ModelConfig) -> int:
-    """How many dimensions of each head are rotated."""
-    return int(config.hidden_size // config.num_attention_heads * config.rotary_pct)
 
 
 def _make_qk_layernorm(config: ModelConfig) -> nn.Module:

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 def mean_over_data_parallel(value: Tensor, mesh: Mesh) -> Tensor:
     """The mean of ``value`` (any shape, floating) over the data-parallel replicas, on each of them."""
-    if mesh.data_parallel_size == 1:
+    if mesh.data.size == 1:
         return value
     total = value.clone()
     distributed.all_reduce(total)  # shards and stages of one replica hold the same value, so the world's mean is the replicas'

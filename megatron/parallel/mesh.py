@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron.config.schema import Config
 
@@ -14,20 +17,40 @@ SHARED_MEMORY_OP = "deepspeed_shm_comm"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Axis:
+    """One direction of the mesh: this process and those whose places differ from its own in this direction only."""
+
+    size: int = 1
+    rank: int = 0
+    """Place of this process along it."""
+    group: ProcessGroup | None = None
+    """For collectives along it, in the order of ranks. None where one process is the whole run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Mesh:
-    """The place of this process in the grid of pipeline stages x data-parallel replicas x tensor-parallel shards."""
+    """The place of this process in the grid of pipeline stages x data-parallel replicas x pieces of a sequence x tensor-parallel shards.
+
+    Ranks count the last direction fastest, as in Megatron and DeepSpeed.
+    """
 
     world_size: int
     rank: int
     local_rank: int
     """Place among the processes of this machine; also the number of its device."""
     device: torch.device
-    data_parallel_size: int
-    data_parallel_rank: int
-    tensor_parallel_size: int = 1
-    tensor_parallel_rank: int = 0
-    pipe_parallel_size: int = 1
-    pipe_parallel_rank: int = 0
+    pipe: Axis = Axis()
+    """Each stage has some of the layers."""
+    data: Axis = Axis()
+    """Each replica has samples of its own."""
+    context: Axis = Axis()
+    """Each has a piece of the same samples."""
+    tensor: Axis = Axis()
+    """Each has a shard of every layer."""
+    model: Axis = Axis()
+    """Stages and shards together: the processes that hold one whole model."""
+    gradients: Axis = Axis()
+    """Replicas and pieces together: the processes that hold the same parameters and sum their gradients."""
 
     @property
     def is_first(self) -> bool:
@@ -50,20 +73,29 @@ class Mesh:
             )
         device = _own_device(config, local_rank)
         _start_communication(device, is_alone=world_size == 1)
-        tensor, pipe = config.parallel.model_parallel_size, max(config.parallel.pipe_parallel_size, 1)
-        data = world_size // (tensor * pipe)
-        return cls(
-            world_size=world_size,
-            rank=rank,
-            local_rank=local_rank,
-            device=device,
-            data_parallel_size=data,
-            data_parallel_rank=rank // tensor % data,
-            tensor_parallel_size=tensor,
-            tensor_parallel_rank=rank % tensor,
-            pipe_parallel_size=pipe,
-            pipe_parallel_rank=rank // (tensor * data),
-        )
+        return cls(world_size=world_size, rank=rank, local_rank=local_rank, device=device, **_axes(config, rank=rank))
+
+
+DIRECTIONS = ("pipe", "data", "context", "tensor")
+
+
+def _axes(config: Config, *, rank: int) -> dict[str, Axis]:
+    """Every direction of the mesh as process ``rank`` sees it. All processes make all groups, in the same order."""
+    parallel = config.parallel
+    sizes = (max(parallel.pipe_parallel_size, 1), config.batch.data_parallel_size, parallel.context_parallel_size, parallel.model_parallel_size)
+    grid = torch.arange(math.prod(sizes)).view(sizes)
+    axes = {name: _axis(grid, [direction], rank=rank) for direction, name in enumerate(DIRECTIONS)}
+    return axes | {"model": _axis(grid, [0, 3], rank=rank), "gradients": _axis(grid, [1, 2], rank=rank)}
+
+
+def _axis(grid: Tensor, directions: list[int], *, rank: int) -> Axis:
+    """The processes that differ from ``rank`` in these ``directions`` of the ``grid`` of ranks only."""
+    lines = grid.movedim(directions, list(range(-len(directions), 0))).flatten(-len(directions)).flatten(0, -2).tolist()
+    if grid.numel() == 1:
+        return Axis()
+    own: list[int] = next(line for line in lines if rank in line)
+    group, _ = torch.distributed.new_subgroups_by_enumeration(lines)
+    return Axis(size=len(own), rank=own.index(rank), group=group)
 
 
 def _complete_environment(config: Config) -> None:

@@ -52,7 +52,7 @@ class RunData:
             return training.train_iters
         assert training.train_epochs is not None
         assert self.datasets.train is not None
-        per_pass = len(self.datasets.train) // (batch.train_micro_batch_size_per_gpu * self.mesh.data_parallel_size)
+        per_pass = len(self.datasets.train) // (batch.train_micro_batch_size_per_gpu * self.mesh.data.size)
         return per_pass * training.train_epochs // batch.gradient_accumulation_steps
 
     def training(self, *, consumed_samples: int) -> Iterator[Batch]:
@@ -80,8 +80,8 @@ class RunData:
             dataset,
             self.config.attention.prefill,
             micro_batch_size=self.config.batch.train_micro_batch_size_per_gpu,
-            data_parallel_rank=self.mesh.data_parallel_rank,
-            data_parallel_size=self.mesh.data_parallel_size,
+            data_parallel_rank=self.mesh.data.rank,
+            data_parallel_size=self.mesh.data.size,
             consumed_samples=first,
             passes=passes,
             masked_id=self.end_of_document if self.config.data.eod_mask_loss else None,

@@ -47,7 +47,7 @@ def _bad_samples(report: StepReport, before: Progress, config: Config, mesh: Mes
     micro = config.batch.train_micro_batch_size_per_gpu
     own = []
     for place, loss in enumerate(report.micro_losses):
-        first = before.consumed_samples + (place * mesh.data_parallel_size + mesh.data_parallel_rank) * micro
+        first = before.consumed_samples + (place * mesh.data.size + mesh.data.rank) * micro
         if not math.isfinite(loss):
             own.append((first, first + micro - 1))
     found = sorted({samples for replica in gather_objects(own, mesh) for samples in replica})

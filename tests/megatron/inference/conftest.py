@@ -118,7 +118,7 @@ def tokenizer() -> ByteTokenizer:
 
 @pytest.fixture(scope="session")
 def alone() -> Mesh:
-    return Mesh(world_size=1, rank=0, local_rank=0, device=torch.device("cpu"), data_parallel_size=1, data_parallel_rank=0)
+    return Mesh(world_size=1, rank=0, local_rank=0, device=torch.device("cpu"))
 
 
 @pytest.fixture

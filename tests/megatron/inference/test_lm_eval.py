@@ -12,7 +12,7 @@ from megatron.config.schema import Config
 from megatron.data.tokenizer import Tokenizer
 from megatron.inference.lm_eval import GPTLanguageModel
 from megatron.model.gpt import GPTModel
-from megatron.parallel.mesh import Mesh
+from megatron.parallel.mesh import Axis, Mesh
 from sepllm.layout import TokenLayout
 from sepllm.pattern import AttentionPattern
 
@@ -133,9 +133,7 @@ def test_processes_share_the_requests_and_all_get_every_answer(make_lm: MakeLM, 
     shares: list[list[tuple[float, bool]]] = []
     monkeypatch.setattr("megatron.inference.lm_eval.gather_objects", lambda mine, mesh: [shares.append(mine) or mine])
     for rank in range(processes):
-        mesh = Mesh(
-            world_size=processes, rank=rank, local_rank=rank, device=torch.device("cpu"), data_parallel_size=processes, data_parallel_rank=rank
-        )
+        mesh = Mesh(world_size=processes, rank=rank, local_rank=rank, device=torch.device("cpu"), data=Axis(size=processes, rank=rank))
         make_lm(mesh=mesh).loglikelihood(requests, disable_tqdm=True)
     assert [score for share in shares for score, _ in share] == pytest.approx(expected, abs=1e-3)
 

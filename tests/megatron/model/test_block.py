@@ -9,7 +9,7 @@ import torch
 
 from megatron.config.schema import ModelConfig
 from megatron.model.block import Block
-from megatron.model.self_attention import LayerPass
+from megatron.model.passes import LayerPass
 from sepllm.layout import TokenLayout
 from sepllm.pattern import AttentionPattern, Standard
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from megatron.config.schema import ModelConfig
-from megatron.model.self_attention import LayerPass, SelfAttention
+from megatron.model.passes import LayerPass
+from megatron.model.self_attention import SelfAttention
 from sepllm.layout import TokenLayout
 from sepllm.pattern import AttentionPattern
 

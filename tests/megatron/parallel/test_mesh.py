@@ -9,7 +9,7 @@ import torch
 
 from megatron.config.schema import Config
 from megatron.parallel.collectives import barrier, broadcast_object, gather_objects, is_true_anywhere, mean_over_data_parallel
-from megatron.parallel.mesh import Mesh
+from megatron.parallel.mesh import Mesh, _axes
 from tests.megatron.training.running import tiny_config, without_launcher
 
 
@@ -26,9 +26,29 @@ def config(**changes: object) -> Config:
 
 def test_a_process_without_a_launcher_is_the_whole_run() -> None:
     mesh = Mesh.start(config())
-    assert (mesh.world_size, mesh.rank, mesh.data_parallel_size, mesh.data_parallel_rank) == (1, 0, 1, 0)
+    assert (mesh.world_size, mesh.rank, mesh.data.size, mesh.data.rank) == (1, 0, 1, 0)
     assert mesh.device == torch.device("cpu")
     assert mesh.is_first
+
+
+def test_ranks_count_shards_then_pieces_then_replicas_then_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of each: rank 6 is shard 0 of piece 1 of replica 1 of stage 0."""
+    monkeypatch.setattr(torch.distributed, "new_subgroups_by_enumeration", lambda lines: (lines, None))
+    parallel = {"pipe_parallel_size": 2, "model_parallel_size": 2, "context_parallel_size": 2}
+    alone = config()
+    resolved = alone.model_copy(
+        update={"parallel": alone.parallel.model_copy(update=parallel), "batch": alone.batch.model_copy(update={"data_parallel_size": 2})}
+    )
+    axes = _axes(resolved, rank=6)
+    places = {name: (axis.rank, next(line for line in axis.group if 6 in line)) for name, axis in axes.items()}
+    assert places == {
+        "pipe": (0, [6, 14]),
+        "data": (1, [2, 6]),
+        "context": (1, [4, 6]),
+        "tensor": (0, [6, 7]),
+        "model": (0, [6, 7, 14, 15]),
+        "gradients": (3, [0, 2, 4, 6]),
+    }
 
 
 def test_alone_every_collective_is_the_identity() -> None:

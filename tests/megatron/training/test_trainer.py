@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megatron.config.schema import Config
-from megatron.parallel.mesh import Mesh
+from megatron.parallel.mesh import Axis, Mesh
 from megatron.training import trainer
 from megatron.training.divergence import TrainingDiverged
 from megatron.training.step import StepReport
@@ -34,7 +34,7 @@ from tests.megatron.training.running import (
 LAYOUTS = [("fp32", 0), ("fp32", 1), ("bfloat16", 0), ("bfloat16", 1), ("bfloat16", 2), ("fp32", 3)]
 
 
-TWO_SHARDS = Mesh(world_size=2, rank=0, local_rank=0, device=torch.device("cpu"), data_parallel_size=1, data_parallel_rank=0, tensor_parallel_size=2)
+TWO_SHARDS = Mesh(world_size=2, rank=0, local_rank=0, device=torch.device("cpu"), tensor=Axis(size=2))
 
 
 def resumed(make_config: MakeConfig, config: Config, folder: Path, **changes: object) -> Config:

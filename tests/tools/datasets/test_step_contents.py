@@ -12,7 +12,7 @@ import yaml
 from megatron.config.schema import Config
 from megatron.data.indexed import IndexedDataset
 from megatron.data.tokenizer import CharLevelTokenizer
-from megatron.parallel.mesh import Mesh
+from megatron.parallel.mesh import Axis, Mesh
 from megatron.training.batches import RunData
 from megatron.training.manifest import MANIFEST, Manifest, SavedSchedule, Shape
 from megatron.training.progress import Progress
@@ -68,8 +68,7 @@ def trained(config: Config, *, rank: int, step: int) -> list[list[list[int]]]:
         rank=0,
         local_rank=0,
         device=torch.device("cpu"),
-        data_parallel_size=config.batch.data_parallel_size,
-        data_parallel_rank=rank,
+        data=Axis(size=config.batch.data_parallel_size, rank=rank),
     )
     batches = RunData.open(config, mesh, CharLevelTokenizer()).training(consumed_samples=0)
     accumulated = config.batch.gradient_accumulation_steps

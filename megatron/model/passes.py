@@ -1,0 +1,72 @@
+"""What the layers of one forward pass work with: which keys each reads, with which core, and where its tokens stand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron.config.schema import ModelConfig
+from megatron.model.cache import KeyValueCache
+from sepllm.attention import PositionBias, prepare, spec_of
+from sepllm.layout import KeyRanges, TokenLayout
+from sepllm.pattern import Softmax
+from sepllm.positions import Positions, alibi_slopes, rotary_table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerPass:
+    """What one layer of a forward pass works with; layers with the same window and core may share it."""
+
+    ranges: KeyRanges
+    """What the queries read."""
+    core: str
+    """Which attention core computes."""
+    softmax: Softmax
+    rotary: tuple[Tensor, Tensor] | None
+    """Cosines and sines, ``[B, T, R]``."""
+    bias: PositionBias | None
+    cache: KeyValueCache | None
+
+
+def layer_passes(
+    layout: TokenLayout,
+    positions: Positions,
+    config: ModelConfig,
+    *,
+    like: Tensor,
+    core: str,
+    is_training: bool,
+    layers: range | None = None,
+    cache: KeyValueCache | None = None,
+) -> list[LayerPass]:
+    """One for each of ``layers`` (default: all of them), every core prepared, so that nothing is worked out inside a layer.
+
+    ``like``: a tensor of the dtype and device that the layers compute with.
+    """
+    rotary = bias = None
+    if config.pos_emb == "rotary":
+        rotary = rotary_table(
+            positions.queries,
+            rotary_dims=rotary_dims(config),
+            base=config.rotary_emb_base,
+            dtype=like.dtype,
+            angle_dtype=torch.float16 if config.rotary_angles == "fp16" else torch.float32,
+        )
+    if config.pos_emb == "alibi":
+        slopes = alibi_slopes(config.num_attention_heads).to(like.device)
+        bias = PositionBias(slopes=slopes, query_positions=positions.queries, key_positions=positions.keys)
+    softmax = layout.pattern.softmax
+    dropout = config.attention_dropout if is_training else 0.0
+
+    def core_of(ranges: KeyRanges) -> str:
+        return prepare(ranges, spec_of(like, ranges, softmax=softmax, bias=bias, dropout=dropout, needs_grad=torch.is_grad_enabled()), core)
+
+    wanted = [layout.ranges(layer) for layer in (range(config.num_layers) if layers is None else layers)]
+    return [LayerPass(ranges=ranges, core=core_of(ranges), softmax=softmax, rotary=rotary, bias=bias, cache=cache) for ranges in wanted]
+
+
+def rotary_dims(config: ModelConfig) -> int:
+    """How many dimensions of each head are rotated."""
+    return int(config.hidden_size // config.num_attention_heads * config.rotary_pct)
