@@ -55,7 +55,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, reduce: Reduce | None = Non
     """
     is_native = choice.is_native(impl, logits.device.type)
     if not is_native and reduce is None:
-        _check_labels(labels, first_label, logits.shape[1])
+        check_labels(labels, first_label, logits.shape[1])
         return functional.cross_entropy(logits.to(_wide(logits)), labels - first_label, reduction="none", ignore_index=NO_LABEL)
     if is_native:
         register(logits.device.type)
@@ -122,8 +122,8 @@ def _statistics(logits: Tensor, labels: Tensor, *, first_label: int, is_shard: b
     return reference_statistics(logits, labels, first_label=first_label)
 
 
-def _check_labels(labels: Tensor, first_label: int, size: int) -> None:
-    """On a CPU; a GPU would have to be waited for."""
+def check_labels(labels: Tensor, first_label: int, size: int) -> None:
+    """ValueError for a label outside the vocabulary ``first_label .. first_label + size - 1``. On a CPU; a GPU would have to be waited for."""
     if labels.device.type != "cpu" or torch.compiler.is_compiling():
         return
     is_outside = (labels < first_label) | (labels >= first_label + size)

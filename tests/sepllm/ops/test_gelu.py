@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sepllm.ops.gelu import Approximate, bias_gelu, register
+from sepllm.ops.gelu import Approximate, bias_gelu, gelu_linear, register
 
 both_kinds = pytest.mark.parametrize("approximate", get_args(Approximate))
 
@@ -159,3 +159,38 @@ def test_arithmetic_of_the_cuda_kernels_is_torchs(approximate: Approximate, host
         function.restype = ctypes.c_float
         ours = torch.tensor([function(ctypes.c_float(value), ctypes.c_bool(approximate == "tanh")) for value in x.tolist()])
         torch.testing.assert_close(ours.double(), wanted[name], rtol=1e-5, atol=1e-7)
+
+
+def linear_inputs(*shape: int, has_bias: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    generator = torch.Generator().manual_seed(len(shape))
+    x, weight, bias = (torch.randn(size, generator=generator, dtype=torch.float64) for size in (shape, (5, shape[-1]), (5,)))
+    return x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_() if has_bias else None
+
+
+@both_kinds
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("shape", [(3, 8), (2, 4, 8), (0, 8)], ids=str)
+def test_a_linear_after_gelu_is_torchs(shape: tuple[int, ...], has_bias: bool, approximate: Approximate) -> None:
+    x, weight, bias = linear_inputs(*shape, has_bias=has_bias)
+    ours, wanted = gelu_linear(x, weight, bias, approximate=approximate), functional.linear(functional.gelu(x, approximate=approximate), weight, bias)
+    torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-13)
+    leaves, grad_out = [leaf for leaf in (x, weight, bias) if leaf is not None], torch.randn_like(wanted)
+    for got, expected in zip(torch.autograd.grad(ours, leaves, grad_out), torch.autograd.grad(wanted, leaves, grad_out), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
+
+
+@both_kinds
+def test_a_linear_after_gelu_keeps_its_input_alone(approximate: Approximate) -> None:
+    x, weight, bias = linear_inputs(64, 8, has_bias=True)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        gelu_linear(x, weight, bias, approximate=approximate)
+    assert sum(tensor.numel() for tensor in kept) == x.numel() + weight.numel()
+
+
+@both_kinds
+def test_a_linear_after_gelu_passes_gradcheck_and_compiles(approximate: Approximate) -> None:
+    x, weight, bias = linear_inputs(3, 8, has_bias=True)
+    assert torch.autograd.gradcheck(lambda *given: gelu_linear(*given, approximate=approximate), (x, weight, bias))
+    compiled = torch.compile(lambda *given: gelu_linear(*given, approximate=approximate), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, weight, bias), gelu_linear(x, weight, bias, approximate=approximate), rtol=1e-12, atol=1e-13)
