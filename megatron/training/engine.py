@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 from megatron.config.deepspeed import deepspeed_config
 from megatron.config.schema import Config
 from megatron.model.gpt import GPTModel
@@ -20,6 +23,15 @@ def build_engine(model: GPTModel, config: Config, mesh: Mesh) -> DeepSpeedEngine
 
     scale = config.model.mup_width_scale if config.model.use_mup else 1.0
     groups = parameter_groups(model, config.optimizer.weight_decay, mup_width_scale=scale)
-    optimizer = build_optimizer(groups, config.optimizer, mesh.device, lr=config.schedule.lr)
+    optimizer = build_optimizer(groups, config.optimizer, mesh.device)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config), dist_init_required=False)
+    _forget_steps(optimizer)
     return engine
+
+
+def _forget_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Without ZeRO, DeepSpeed's fp16 and bf16 wrappers take a step over gradients of zero to allocate the optimizer's state. Adam would
+    count it, and correct its first averages as if they were of two steps."""
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"] = torch.zeros_like(state["step"]) if isinstance(state["step"], Tensor) else 0
