@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -28,7 +30,10 @@ class Tokenizer(Protocol):
     """The token at the end of a document."""
 
     def encode(self, text: str) -> list[int]: ...
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Each text by itself. On one core, where the library lets itself be told (tokenizers asks TOKENIZERS_PARALLELISM)."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str: ...
     def token_text(self, token: int) -> str:
         """What one token stands for inside a text, leading blanks included."""
@@ -58,7 +63,7 @@ def find_separator_ids(tokenizer: Tokenizer, texts: Iterable[str] = SEPARATORS) 
 
 
 class HFTokenizer:
-    """A `tokenizer.json` of Hugging Face tokenizers, such as GPT-NeoX's and Pythia's.
+    """A `tokenizer.json` of Hugging Face tokenizers, such as GPT-NeoX's and Pythia's: a file, a folder with one, or a model of the hub.
 
     Its end of document is ``<|endoftext|>``, else the ``eos_token`` that a tokenizer_config.json beside it names, as in Llama's folders.
     """
@@ -75,8 +80,17 @@ class HFTokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path) -> HFTokenizer:
-        loaded = _readable(path, _module("tokenizers").Tokenizer.from_file)
-        return cls(loaded, source=str(path), other_end=_saved_eos(Path(path).parent / "tokenizer_config.json"))
+        """``path``: of the file or of its folder."""
+        file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+        loaded = _readable(file, _module("tokenizers").Tokenizer.from_file)
+        return cls(loaded, source=str(path), other_end=_saved_eos(file.with_name("tokenizer_config.json")))
+
+    @classmethod
+    def from_name(cls, name: str) -> HFTokenizer:
+        """Of a file or folder, else of the hub, from which it is kept in the library's cache."""
+        if Path(name).exists() or not _is_hub_name(name):
+            return cls.from_file(name)
+        return cls.from_file(_hub_file(name, "tokenizer.json"))
 
     @classmethod
     def from_vocab(cls, vocab_file: str | Path, merge_file: str | Path) -> HFTokenizer:
@@ -100,13 +114,34 @@ class HFTokenizer:
         return self._tokenizer.encode(text).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def token_text(self, token: int) -> str:
         return _piece_text(self._tokenizer.id_to_token(token) or "", lambda: self.decode([token]))
+
+
+def _is_hub_name(name: str) -> bool:
+    """Whether it looks like ``owner/model``, and not like a file."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not name.endswith((".json", ".model"))
+
+
+def _hub_file(name: str, file: str) -> Path:
+    """A file of a model of the hub, with tokenizer_config.json beside it if there is one."""
+    library = _module("huggingface_hub")
+    try:
+        path = library.hf_hub_download(name, file)
+    except Exception as error:  # of the network, of the hub, of its cache
+        raise ValueError(f"{name} is no file or folder here, and the Hugging Face hub does not give its {file} ({_first_line(error)}).") from error
+    with contextlib.suppress(Exception):  # a model need not have it
+        library.hf_hub_download(name, "tokenizer_config.json")
+    return Path(path)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _saved_eos(config: Path) -> str | None:
@@ -135,7 +170,7 @@ class SPMTokenizer:
         return self._processor.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._processor.encode(list(texts))
+        return self._processor.encode(list(texts), num_threads=1)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode(list(ids))
@@ -182,7 +217,7 @@ class TiktokenTokenizer:
         return self._encoding.encode(text, allowed_special="all")
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._encoding.encode_batch(list(texts), allowed_special="all")
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._encoding.decode(list(ids))
@@ -207,7 +242,7 @@ def _gpt2_bpe(config: TokenizerConfig) -> Tokenizer:
 
 
 _BUILDERS: dict[str, Callable[[TokenizerConfig], Tokenizer]] = {
-    "HFTokenizer": lambda config: HFTokenizer.from_file(_vocab_file(config)),
+    "HFTokenizer": lambda config: HFTokenizer.from_name(_vocab_file(config)),
     "GPT2BPETokenizer": _gpt2_bpe,
     "HFGPT2Tokenizer": lambda config: HFTokenizer.from_gpt2_folder(config.vocab_file or "gpt2"),
     "SPMTokenizer": lambda config: SPMTokenizer.from_file(_vocab_file(config)),

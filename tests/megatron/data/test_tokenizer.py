@@ -4,6 +4,7 @@ import io
 import json
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import sentencepiece
 import tiktoken
@@ -75,9 +76,13 @@ def characters(folder: Path) -> Tokenizer:
     return build_tokenizer(TokenizerConfig(tokenizer_type="CharLevelTokenizer"))
 
 
-def tiktoken_bytes(folder: Path) -> Tokenizer:
+def encoding_of_bytes() -> tiktoken.Encoding:
     ranks = {bytes([byte]): byte for byte in range(256)}
-    return TiktokenTokenizer(tiktoken.Encoding("bytes", pat_str=r"\w+|\W", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 258}))
+    return tiktoken.Encoding("bytes", pat_str=r"\w+|\W", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 258})
+
+
+def tiktoken_bytes(folder: Path) -> Tokenizer:
+    return TiktokenTokenizer(encoding_of_bytes())
 
 
 @pytest.mark.parametrize("build", [hf, gpt2_bpe, gpt2_folder, spm, characters, tiktoken_bytes])
@@ -154,6 +159,44 @@ def test_a_tokenizer_without_an_end_of_document_is_refused(tmp_path: Path) -> No
 def test_an_incomplete_choice_is_refused(config: TokenizerConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_tokenizer(config)
+
+
+def test_a_folder_is_read_as_the_tokenizer_in_it(tmp_path: Path) -> None:
+    library = trained(tmp_path, special=["<s>", "</s>"])
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    opened = build_tokenizer(TokenizerConfig(tokenizer_type="HFTokenizer", vocab_file=str(tmp_path)))
+    assert (opened.encode(TEXT), opened.eod_id) == (library.encode(TEXT).ids, library.token_to_id("</s>"))
+
+
+def test_a_name_of_the_hub_is_fetched_with_what_says_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained(tmp_path, special=["<s>", "</s>"])
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    asked = []
+
+    def fetched(name: str, file: str) -> str:
+        asked.append((name, file))
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetched)
+    opened = build_tokenizer(TokenizerConfig(tokenizer_type="HFTokenizer", vocab_file="owner/some-model.v2"))
+    assert opened.decode([opened.eod_id]) == "</s>"
+    assert asked == [("owner/some-model.v2", "tokenizer.json"), ("owner/some-model.v2", "tokenizer_config.json")]
+
+
+def test_a_hub_that_cannot_be_reached_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(name: str, file: str) -> str:
+        raise ConnectionError("Name or service not known\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    with pytest.raises(ValueError, match=r"owner/model is no file or folder here, .* give its tokenizer.json \(Name or service not known\)"):
+        build_tokenizer(TokenizerConfig(tokenizer_type="HFTokenizer", vocab_file="owner/model"))
+
+
+def test_an_encoding_of_tiktoken_is_taken_by_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without the download that the library begins with."""
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: {"cl100k_base": encoding_of_bytes()}[name])
+    opened = build_tokenizer(TokenizerConfig(tokenizer_type="TiktokenTokenizer", vocab_file="cl100k_base"))
+    assert opened.encode("ab<|endoftext|>") == [97, 98, 258]
 
 
 @pytest.mark.parametrize("kind", ["HFTokenizer", "SPMTokenizer"])
