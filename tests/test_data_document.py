@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import PreTrainedTokenizerFast
 
 import prepare_data
 from megatron.launch.arguments import parse
@@ -30,7 +31,13 @@ def write_files(folder: Path) -> None:
     (folder / "texts").mkdir()
     (folder / "texts" / "some.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (folder / "more.jsonl").write_text(json.dumps({"text": "More text."}) + "\n")
-    train_tokenizer(texts, 300).save(str(folder / "tokenizer.json"))
+    (folder / "qa.jsonl").write_text(json.dumps({"text": "Q: Why? A: So."}) + "\n")
+    (folder / "chats.jsonl").write_text(json.dumps({"conversation": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]}))
+    tokenizer = train_tokenizer(texts, 300)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    chat = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+    chat.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    chat.save_pretrained(folder / "hf" / "chat")
     (snippet,) = re.findall(r"```yaml\n(.*?)```", TEXT, flags=re.DOTALL)
     keys = yaml.safe_load((ROOT / "configs" / "local" / "tiny.yml").read_text()) | yaml.safe_load(snippet)
     (folder / "your.yml").write_text(yaml.safe_dump(keys))
@@ -71,7 +78,8 @@ def test_the_commands_run_one_after_another(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_every_command_of_the_folder_is_in_the_table() -> None:
-    named = set(re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in TEXT.splitlines() if line.startswith("| `"))))
+    table = TEXT.split("## The commands")[1]
+    named = set(re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `"))))
     commands = {path.stem for path in (ROOT / "tools" / "datasets").glob("*.py") if 'prog="tools.datasets.' in path.read_text()}
     assert named == commands
 

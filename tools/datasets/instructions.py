@@ -21,7 +21,7 @@ from megatron.data.gpt_dataset import IGNORED_LABEL
 from megatron.data.indexed import IndexedDatasetWriter, best_dtype
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from tools.command import exit_status
-from tools.datasets.documents import input_files, read_documents
+from tools.datasets.documents import find_sources, read_documents
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def write() -> None:
         keys = (options.prompt_key, options.answer_key)
-        pairs = ((prompt, answer) for path in input_files(options.input.split(",")) for prompt, answer in read_documents(path, keys))
+        sources = find_sources(options.input.split(","))
+        pairs = ((prompt, answer) for source in sources for prompt, answer in read_documents(source, keys))
         written = write_examples(pairs, build_tokenizer(config), options.output_prefix)
         print(f"{options.output_prefix}: {written.examples} examples, {written.tokens} tokens, {written.learned} of them to be learned")
 
@@ -63,7 +64,7 @@ def write_examples(pairs: Iterable[tuple[str, str]], tokenizer: Tokenizer, outpu
 
 def _parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(prog="tools.datasets.instructions", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--input", required=True, help="files or folders, with commas between: jsonl (also .gz and .zst) or parquet")
+    flags.add_argument("--input", required=True, help="as prepare_data.py takes it")
     flags.add_argument("--prompt-key", default="prompt", help="field of what is asked (default: prompt)")
     flags.add_argument("--answer-key", default="answer", help="field of what is to be learned (default: answer)")
     flags.add_argument("--tokenizer-type", required=True)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import functools
 import gzip
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +16,16 @@ from pyarrow import parquet
 import prepare_data
 from megatron.config.schema import TokenizerConfig
 from megatron.data.indexed import IndexedDataset
-from tools.datasets import preprocess as module
-from tools.datasets.preprocess import Recipe, Written, preprocess
+from tools.datasets import chunks, hub
+from tools.datasets.documents import Source
+from tools.datasets.encoding import TextRecipe
+from tools.datasets.growing import Written
+from tools.datasets.preprocess import preprocess
+from tools.datasets.progress import Bar
 
 TEXTS = ["In the beginning.", "", "Was dóna; and\nthe end", "x" * 300]
-BYTES = Recipe(tokenizer=TokenizerConfig(tokenizer_type="CharLevelTokenizer"))
+CHARACTERS = TokenizerConfig(tokenizer_type="CharLevelTokenizer")
+BYTES = TextRecipe(tokenizer=CHARACTERS)
 
 
 def lines(texts: list[str], **others: str) -> bytes:
@@ -64,7 +71,7 @@ def test_plain_text_is_one_document_and_folders_are_read_by_name(tmp_path: Path)
 
 def test_each_document_ends_with_the_end_token_on_request(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_bytes(lines(TEXTS))
-    recipe = Recipe(tokenizer=BYTES.tokenizer, append_eod=True)
+    recipe = TextRecipe(tokenizer=CHARACTERS, append_eod=True)
     (written,) = preprocess([str(tmp_path / "x.jsonl")], str(tmp_path / "x"), recipe)
     dataset = IndexedDataset(tmp_path / "x_text_document")
     assert [row[-1] for row in dataset] == [0, 0, 0]
@@ -75,14 +82,14 @@ def test_each_document_ends_with_the_end_token_on_request(tmp_path: Path) -> Non
 
 def test_each_key_is_tokenized_from_its_own_field(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_bytes(lines(["a", "b"], summary="short"))
-    preprocess([str(tmp_path / "x.jsonl")], str(tmp_path / "x"), BYTES, keys=["text", "summary"])
+    preprocess([str(tmp_path / "x.jsonl")], str(tmp_path / "x"), TextRecipe(tokenizer=CHARACTERS, keys=("text", "summary")))
     assert decoded(tmp_path / "x_text_document") == ["a", "b"]
     assert decoded(tmp_path / "x_summary_document") == ["short", "short"]
 
 
 @pytest.mark.timeout(120)
 def test_many_processes_write_what_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK", 3)
+    monkeypatch.setattr(chunks, "CHUNK_RECORDS", 3)
     (tmp_path / "x.jsonl").write_bytes(lines([f"document {number}" for number in range(40)]))
     for workers in (1, 2):
         preprocess([str(tmp_path / "x.jsonl")], str(tmp_path / str(workers)), BYTES, workers=workers)
@@ -111,16 +118,16 @@ def test_a_bad_line_is_named_and_nothing_is_written(fault: str, tmp_path: Path) 
 def test_a_parquet_column_that_is_not_there_is_named(tmp_path: Path) -> None:
     write_parquet(tmp_path / "x.parquet")
     with pytest.raises(ValueError, match="has no column content: name one of id, text"):
-        preprocess([str(tmp_path / "x.parquet")], str(tmp_path / "out"), BYTES, keys=["content"])
+        preprocess([str(tmp_path / "x.parquet")], str(tmp_path / "out"), TextRecipe(tokenizer=CHARACTERS, keys=("content",)))
 
 
 def test_plain_text_has_no_second_field(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("a")
     with pytest.raises(ValueError, match="is plain text and has no fields"):
-        preprocess([str(tmp_path / "x.txt")], str(tmp_path / "out"), BYTES, keys=["text", "summary"])
+        preprocess([str(tmp_path / "x.txt")], str(tmp_path / "out"), TextRecipe(tokenizer=CHARACTERS, keys=("text", "summary")))
 
 
-@pytest.mark.parametrize("name", ["x.tar", "x", "x.parquet.gz", ".zst"])
+@pytest.mark.parametrize("name", ["x.doc", "x", "x.parquet.gz", ".zst"])
 def test_a_file_of_another_kind_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(ValueError, match="is of no known kind"):
@@ -159,4 +166,56 @@ def test_ftfy_is_asked_for_before_any_work(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "ftfy", None)
     (tmp_path / "x.txt").write_text("a")
     with pytest.raises(ValueError, match="pip install ftfy"):
-        preprocess([str(tmp_path / "x.txt")], str(tmp_path / "out"), Recipe(tokenizer=BYTES.tokenizer, ftfy=True))
+        preprocess([str(tmp_path / "x.txt")], str(tmp_path / "out"), TextRecipe(tokenizer=CHARACTERS, ftfy=True))
+
+
+def test_the_named_corpora_of_gpt_neox_are_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert prepare_data.main(["enwik8", "-d", "data"]) == 1
+    assert "GPT-NeoX's enwik8 and other named corpora are not downloaded" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*arguments: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "x.txt").write_text("a")
+    monkeypatch.setattr("tools.datasets.growing.GrowingPair.finish", interrupted)
+    assert run("--input", f"{tmp_path}/x.txt", "--output-prefix", f"{tmp_path}/out") == 130
+    assert "stopped; the same command goes on from here" in capsys.readouterr().err
+
+
+def test_a_process_that_is_ended_from_outside_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by the system where memory is short: the pool finds it broken."""
+    monkeypatch.setattr(chunks, "_begin", functools.partial(os._exit, 9))
+    (tmp_path / "x.txt").write_text("a")
+    with pytest.raises(ChildProcessError, match="was ended from outside: give fewer --workers"):
+        preprocess([str(tmp_path / "x.txt")], str(tmp_path / "x"), BYTES, workers=2)
+
+
+@pytest.mark.parametrize(
+    ("names", "num_docs", "total"),
+    [(["a.jsonl", "b.jsonl.gz"], None, "bytes"), (["a.jsonl", "b.jsonl.gz"], 8, 8), (["hf:x"], None, None)],
+)
+def test_the_bar_counts_stored_bytes_or_documents(
+    names: list[str], num_docs: int | None, total: str | int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines(["one", "two", "three", "four"]))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines(["one", "two", "three", "four"]), mtime=0))
+    monkeypatch.chdir(tmp_path)
+    sources = [Source(name=name, kind=hub.PREFIX if ":" in name else ".jsonl") for name in names]
+    monkeypatch.setattr(hub, "rows", lambda name: iter([{"text": "a"}] * 8))
+    with Bar(sources, num_docs=num_docs, log_interval=1) as bar:
+        for chunk in chunks.cut(sources, ["text"], chunks.Position()):
+            bar.move(chunk, num_tokens=3)
+        num_bytes = sum(path.stat().st_size for path in tmp_path.iterdir())
+        assert bar._bar.total == (num_bytes if total == "bytes" else total)
+        assert bar._bar.n == (num_bytes if total == "bytes" else 8)
+
+
+def test_the_bar_of_a_run_that_goes_on_does_not_count_what_was_there_as_its_own(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines(["one", "two", "three", "four"]))
+    sources = [Source(name=str(tmp_path / "a.jsonl"), kind=".jsonl")]
+    with Bar(sources, num_docs=None, log_interval=1, documents=2) as bar:
+        (chunk,) = chunks.cut(sources, ["text"], chunks.Position())
+        bar.move(chunk, num_tokens=3)
+        assert bar._bar.n == bar._bar.initial == (tmp_path / "a.jsonl").stat().st_size
