@@ -226,6 +226,7 @@ _DATA: dict[str, Rule] = {
         use_shared_fs=FLAG,
         mmap_warmup=FLAG,
         num_workers=SIZE,
+        remote_cache_gb=NOT_NEGATIVE,
         eod_mask_loss=FLAG,
     ),
     **_copied("tokenizer", tokenizer_type=choice(*TOKENIZERS), vocab_file=TEXT, merge_file=TEXT),

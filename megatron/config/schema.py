@@ -134,6 +134,8 @@ class DataConfig(Group):
     use_shared_fs: bool = True
     mmap_warmup: bool = False
     num_workers: int = 2
+    remote_cache_gb: float = 10.0
+    """Most that blocks of remote token files (`s3://...`) take on each machine's disk, in 1e9 bytes."""
     eod_mask_loss: bool = False
 
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from megatron.config.schema import DataConfig
 from megatron.data.blend import BlendedDataset, normalised, samples_of_parts, split_bounds, weights_by_num_documents
+from megatron.data.block_cache import BlockCache
 from megatron.data.gpt_dataset import GPTDataset, SampleDataset
 from megatron.data.indexed import IndexedDataset
 from megatron.data.packing import SampleRequest
@@ -40,12 +41,15 @@ class IndexBuilder:
     """Who builds the index arrays that all ranks read, and how the others wait for it."""
 
     is_builder: bool = True
+    """Of arrays that lie beside the data."""
+    is_node_builder: bool = True
+    """Of arrays that lie in a node's cache, because the data is remote."""
     barrier: Callable[[], None] = lambda: None
 
     @classmethod
     def of_rank(cls, *, rank: int, local_rank: int, use_shared_fs: bool, barrier: Callable[[], None]) -> IndexBuilder:
         """The first rank builds, or the first of each node where nodes do not share the folder of the data."""
-        return cls(is_builder=(rank if use_shared_fs else local_rank) == 0, barrier=barrier)
+        return cls(is_builder=(rank if use_shared_fs else local_rank) == 0, is_node_builder=local_rank == 0, barrier=barrier)
 
 
 def sample_counts(*, train_iters: int | None, eval_interval: int, eval_iters: int, train_batch_size: int) -> SampleCounts:
@@ -76,9 +80,12 @@ class _Recipe:
     seed: int
     builder: IndexBuilder
 
+    def file(self, prefix: str) -> IndexedDataset:
+        return IndexedDataset(prefix, warmup=self.data.mmap_warmup, cache=BlockCache.of_user(limit_gb=self.data.remote_cache_gb))
+
     def split_file(self, prefix: str, samples: SampleCounts) -> Datasets:
         """`data_path`: documents of one file, cut in three by `split`."""
-        tokens = IndexedDataset(prefix, warmup=self.data.mmap_warmup)
+        tokens = self.file(prefix)
         bounds = split_bounds(self.data.split, len(tokens))
 
         def part(name: str, place: int, count: int | None) -> GPTDataset | None:
@@ -103,7 +110,7 @@ class _Recipe:
         """`<name>_data_paths`: whole files, each with a weight. GPT-NeoX blends a single one too, and so do we."""
         if not prefixes or count == 0:
             return None
-        files = [IndexedDataset(prefix, warmup=self.data.mmap_warmup) for prefix in prefixes]
+        files = [self.file(prefix) for prefix in prefixes]
         labels = self.label_files(name, len(files), label_prefixes)
         shares = self.weights(name, files, weights)
         counts = [None] * len(files) if count is None else samples_of_parts(shares, count)
@@ -126,7 +133,7 @@ class _Recipe:
             return [None] * count
         if len(prefixes) != count:
             raise ValueError(f"{name}_label_data_paths has {len(prefixes)} entries and {name}_data_paths {count}: give one label file for each path.")
-        return [IndexedDataset(prefix, warmup=self.data.mmap_warmup) for prefix in prefixes]
+        return [self.file(prefix) for prefix in prefixes]
 
     def open(self, name: str, tokens: IndexedDataset, labels: IndexedDataset | None, first: int, last: int, count: int | None) -> GPTDataset:
         request = SampleRequest(
@@ -139,8 +146,8 @@ class _Recipe:
             pack_impl=self.data.pack_impl,
             allow_chopped=self.data.allow_chopped,
         )
-        builder = self.builder
-        return GPTDataset.open(tokens, name, request, labels=labels, is_builder=builder.is_builder, barrier=builder.barrier)
+        is_builder = self.builder.is_node_builder if tokens.is_remote else self.builder.is_builder
+        return GPTDataset.open(tokens, name, request, labels=labels, is_builder=is_builder, barrier=self.builder.barrier)
 
 
 def _enough(dataset: D, count: int | None, name: str) -> D:

@@ -6,11 +6,13 @@ matches; arrays without one (GPT-NeoX's, Pythia's) if their content fits the dat
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,9 +23,11 @@ from megatron.data import packing
 from megatron.data.index_builder import sample_index, sample_index_dtype
 from megatron.data.indexed import IndexedDataset
 from megatron.data.packing import SampleIndex, SampleRequest, build_index
+from sepllm.ops.extension import locked
 
 ARRAYS = ("doc_idx", "sample_idx", "shuffle_idx")
 FORMAT = 1
+_PART = ".part"
 log = logging.getLogger(__name__)
 
 
@@ -42,12 +46,13 @@ def open_index(
     memory only if the folder could not be written.
     """
     is_masked = masked_sequences(labels, request.seq_length + 1) if labels is not None and request.pack_impl == "pack_until_overflow" else None
-    cache = _Cache(base=cache_names(tokens.prefix, name, request), request=request, sizes=tokens.sizes, is_masked=is_masked)
+    cache = _Cache(base=cache_names(tokens.index_prefix, name, request), request=request, sizes=tokens.sizes, is_masked=is_masked)
     if not is_builder:
         barrier()
         return cache.find(verify=False) or cache.build()
     try:
-        return cache.find(verify=True) or cache.store(cache.build())
+        with cache.alone():
+            return cache.find(verify=True) or cache.store(cache.build())
     finally:
         barrier()
 
@@ -75,6 +80,15 @@ class _Cache:
     def sidecar(self) -> Path:
         return Path(f"{self.base[0]}_index.json")
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Holds off other runs that want the same index, so that one of them builds it. Where the folder can hold no lock, each does."""
+        with ExitStack() as stack:
+            with suppress(OSError, ValueError):
+                self.sidecar.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(Path(f"{self.base[0]}_index.lock")))
+            yield
+
     def find(self, *, verify: bool) -> SampleIndex | None:
         """The cached index if it belongs to this request and is whole. ``verify`` reads it all; otherwise only its length is checked."""
         if self.sidecar.is_file():
@@ -86,9 +100,13 @@ class _Cache:
         return build_index(self.request, self.sizes, is_masked=self.is_masked)
 
     def store(self, index: SampleIndex) -> SampleIndex:
-        """The index, written and mapped again. It stays in memory if the folder cannot be written, and the log says so."""
+        """The index, written and mapped again. It stays in memory if the folder cannot be written, and the log says so.
+
+        Everything old goes first: arrays of two builds never stand side by side, wherever this one is killed.
+        """
         try:
-            self.sidecar.unlink(missing_ok=True)
+            for stale in self._stale():
+                stale.unlink(missing_ok=True)
             for array in ARRAYS:
                 _write(Path(f"{self.base[0]}_{array}.npy"), lambda file, values=getattr(index, array): np.save(file, values))
             self._write_sidecar(self.base[0])
@@ -96,6 +114,14 @@ class _Cache:
             log.warning("The sample index %s cannot be kept (%s): every process builds its own, at every start.", self.base[0], error)
             return index
         return self._load(self.base[0]) or index
+
+    def _stale(self) -> Iterator[Path]:
+        """What an earlier build may have left under these names, killed or not. The sidecar, which vouches for the arrays, is first."""
+        yield self.sidecar
+        for array in ARRAYS:
+            path = Path(f"{self.base[0]}_{array}.npy")
+            yield path
+            yield from path.parent.glob(f"{glob.escape(path.name)}.*{_PART}")
 
     def _fingerprint(self) -> dict[str, object]:
         masked = None if self.is_masked is None else hashlib.sha256(self.is_masked.tobytes()).hexdigest()
@@ -191,7 +217,8 @@ def _map_index(paths: Mapping[str, Path], *, is_packed: bool) -> SampleIndex:
 def _map_array(path: Path) -> NDArray:
     """An array of integers, mapped."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        with np.errstate(over="ignore"):  # of a length in the header that no file has
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise
     except Exception as error:  # on damaged headers numpy raises whatever its parsing stumbles over, IndexError and BadZipFile among others
@@ -208,7 +235,7 @@ def _describe(path: Path) -> dict[str, str | int]:
 
 def _write(path: Path, fill: Callable[..., object]) -> None:
     """Write a file under a temporary name, then give it its own."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{os.getpid()}{_PART}")
     try:
         with open(part, "wb") as file:
             fill(file)

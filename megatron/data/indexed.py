@@ -4,21 +4,26 @@ The .bin holds the tokens of all sequences back to back, little endian. The .idx
 in tokens (i32), byte offsets into the .bin (i64), and for each document one past its last sequence (i64, after a leading 0).
 34 is odd on purpose of nobody: the arrays are not aligned, so what needs aligned memory takes a copy.
 
-A file that breaks a rule is refused when it is opened; afterwards no read can leave the .bin.
+A file that breaks a rule is refused when it is opened; afterwards no read can leave the .bin. A prefix with a protocol
+(`s3://bucket/data`) names a remote pair: its .idx is copied once, of its .bin those blocks that are read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from megatron.data.block_cache import BlockCache
+from megatron.data.remote import RemoteFile, is_remote
 
 MAGIC = b"MMIDIDX\x00\x00"
 LEGACY_MAGIC = b"TNTIDX\x00\x00"
@@ -43,31 +48,63 @@ def file_names(prefix: str | Path) -> tuple[Path, Path]:
 
 
 class IndexedDataset:
-    """All sequences of a pair; item ``i`` is a read-only array of its tokens, mapped and not copied.
+    """All sequences of a pair; item ``i`` is a read-only array of its tokens, mapped and not copied (if remote: of what was read).
 
     `sizes` i32: tokens of each sequence. `offsets` i64: its first byte in the .bin. `doc_idx` i64: document borders.
 
     >>> IndexedDataset("pile_0.87_deduped_text_document")[0]
     """
 
-    def __init__(self, prefix: str | Path, *, warmup: bool = False) -> None:
-        """``warmup`` reads the whole .bin once, so that it lies in the page cache (`mmap_warmup`)."""
+    def __init__(self, prefix: str | Path, *, warmup: bool = False, cache: BlockCache | None = None) -> None:
+        """``warmup`` reads the whole .bin once, so that it lies in the page cache (`mmap_warmup`). ``cache``: of a remote pair;
+        by default the user's."""
         self.prefix = str(prefix)
-        bin_path, idx_path = file_names(prefix)
-        for path in (idx_path, bin_path):
-            if not path.is_file():
-                raise FileNotFoundError(f"{path} does not exist: {_prefix_hint(self.prefix)}")
-        self.dtype, self.sizes, self.offsets, self.doc_idx = _read_index(idx_path)
-        self._tokens = _map_bytes(bin_path)
-        _check_documents(self.doc_idx, len(self.sizes), idx_path)
-        _check_places(self.sizes, self.offsets, self.dtype.itemsize, len(self._tokens), idx_path, bin_path)
+        self.cache = (cache or BlockCache.of_user()) if is_remote(self.prefix) else None
+        bin_name, idx_name = (f"{self.prefix}.{kind}" for kind in ("bin", "idx"))
+        self._tokens: NDArray[np.uint8] | RemoteFile
+        index, self._tokens = (self._remote if self.is_remote else self._local)(idx_name, bin_name)
+        self.dtype, self.sizes, self.offsets, self.doc_idx = _read_index(index, idx_name)
+        _check_documents(self.doc_idx, len(self.sizes), idx_name)
+        _check_places(self.sizes, self.offsets, self.dtype.itemsize, len(self._tokens), idx_name, bin_name)
         if warmup:
-            with open(bin_path, "rb") as file:
-                while file.read(64 * _CHUNK):
-                    pass
+            self._warm_up(bin_name)
 
-    def __reduce__(self) -> tuple[type[IndexedDataset], tuple[str]]:
-        return IndexedDataset, (self.prefix,)
+    def _local(self, idx_name: str, bin_name: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        for name in (idx_name, bin_name):
+            if not Path(name).is_file():
+                raise FileNotFoundError(f"{name} does not exist: {_prefix_hint(self.prefix)}")
+        return _map_bytes(Path(idx_name)), _map_bytes(Path(bin_name))
+
+    def _remote(self, idx_name: str, bin_name: str) -> tuple[NDArray[np.uint8], RemoteFile]:
+        assert self.cache is not None
+        try:
+            index, tokens = (RemoteFile.open(name, self.cache) for name in (idx_name, bin_name))
+        except FileNotFoundError as error:
+            cause = f" ({error.__cause__})" if error.__cause__ else ""
+            raise FileNotFoundError(f"{error.args[-1]} does not exist{cause}: {_prefix_hint(self.prefix)}") from error
+        return _map_bytes(index.copied()), tokens
+
+    def _warm_up(self, bin_name: str) -> None:
+        if self.cache is not None:
+            raise ValueError(f"mmap_warmup reads all of a file ahead, and {self.prefix} is remote: leave it out, or copy the pair to a disk.")
+        with open(bin_name, "rb") as file:
+            while file.read(64 * _CHUNK):
+                pass
+
+    def __reduce__(self) -> tuple[Callable[[str, BlockCache | None], IndexedDataset], tuple[str, BlockCache | None]]:
+        return _reopened, (self.prefix, self.cache)
+
+    @property
+    def is_remote(self) -> bool:
+        return self.cache is not None
+
+    @property
+    def index_prefix(self) -> str:
+        """What the names of cached index arrays begin with: that of the pair, or a place in the cache if it is remote."""
+        if self.cache is None:
+            return self.prefix
+        folder = self.cache.folder / "indices" / hashlib.sha256(self.prefix.encode()).hexdigest()[:24]
+        return str(folder / self.prefix.rsplit("/", 1)[-1])
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -177,6 +214,10 @@ def index_bytes(dtype: np.dtype, *, sizes: NDArray[np.integer], offsets: NDArray
     return b"".join([header, sizes.astype("<i4").tobytes(), offsets.astype("<i8").tobytes(), doc_idx.astype("<i8").tobytes()])
 
 
+def _reopened(prefix: str, cache: BlockCache | None) -> IndexedDataset:
+    return IndexedDataset(prefix, cache=cache)
+
+
 def _prefix_hint(prefix: str) -> str:
     if prefix.endswith((".bin", ".idx")) and Path(prefix).is_file():
         return f"data paths are prefixes, so give {prefix[:-4]}."
@@ -188,8 +229,7 @@ def _map_bytes(path: Path) -> NDArray[np.uint8]:
     return np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.zeros(0, dtype=np.uint8)
 
 
-def _read_index(path: Path) -> tuple[np.dtype, NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
-    raw = _map_bytes(path)
+def _read_index(raw: NDArray[np.uint8], path: str) -> tuple[np.dtype, NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
     if bytes(raw[: len(LEGACY_MAGIC)]) == LEGACY_MAGIC:
         raise ValueError(f"{path} is of the old kind that data_impl lazy or cached wrote (TNTIDX): tokenize the text again with prepare_data.py.")
     if bytes(raw[: len(MAGIC)]) != MAGIC:
@@ -210,7 +250,7 @@ def _read_index(path: Path) -> tuple[np.dtype, NDArray[np.int32], NDArray[np.int
     return CODES[code], sizes.view("<i4"), offsets.view("<i8"), borders.view("<i8")
 
 
-def _check_documents(doc_idx: NDArray[np.int64], num_sequences: int, path: Path) -> None:
+def _check_documents(doc_idx: NDArray[np.int64], num_sequences: int, path: str) -> None:
     if len(doc_idx) == 0 or doc_idx[0] != 0:
         raise ValueError(f"{path} has no document border 0 at the start of its doc_idx: {MAKE_ANEW}")
     if len(doc_idx) > 1 and doc_idx[-1] != num_sequences:
@@ -221,7 +261,7 @@ def _check_documents(doc_idx: NDArray[np.int64], num_sequences: int, path: Path)
             raise ValueError(f"{path} has document borders that run backwards: {MAKE_ANEW}")
 
 
-def _check_places(sizes: NDArray[np.int32], offsets: NDArray[np.int64], width: int, num_bytes: int, idx_path: Path, bin_path: Path) -> None:
+def _check_places(sizes: NDArray[np.int32], offsets: NDArray[np.int64], width: int, num_bytes: int, idx_path: str, bin_path: str) -> None:
     """Every sequence lies inside the .bin, on a token border. Compared without sums or products that could overflow."""
     for start, stop in _chunks(len(sizes)):
         size, offset = sizes[start:stop].astype(np.int64), offsets[start:stop]

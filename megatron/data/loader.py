@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from megatron.data.batch import Batch
 from megatron.data.gpt_dataset import Sample, SampleDataset
+from megatron.data.packet import Packet
 from sepllm.pattern import AttentionPattern
 
 
@@ -34,10 +35,11 @@ class BatchLoader:
         masked_id: int | None = None,
         document_end_id: int | None = None,
         num_workers: int = 0,
+        pinned: bool = False,
     ) -> None:
         """``consumed_samples``: by all ranks, since the start of the run. ``passes`` over the data, each in the same order
         (`train_epochs`); None: without end. ``masked_id`` and ``document_end_id``: see `Batch.from_rows`. ``num_workers``:
-        processes that read ahead; 0 reads in this one.
+        processes that read ahead; 0 reads in this one. ``pinned``: in memory from which a CUDA device copies while the process goes on.
         """
         self.dataset = dataset
         # A single pass may read the sample that `len` leaves out, so that a run of exactly that many samples can end.
@@ -51,15 +53,20 @@ class BatchLoader:
         )
         self._collate = _Collate(pattern=pattern, masked_id=masked_id, document_end_id=document_end_id)
         self._num_workers = num_workers
+        self._pinned = pinned
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches until the data ends; asking for one more is an error that says so."""
-        yield from DataLoader(
+        travels = self._num_workers > 0 or self._pinned
+        batches: DataLoader = DataLoader(
             _Rows(self.dataset),
             batch_sampler=self.places,
-            collate_fn=self._collate,
+            collate_fn=_Packed(self._collate) if travels else self._collate,
             num_workers=self._num_workers,
+            pin_memory=self._pinned,
         )
+        for batch in batches:
+            yield batch.open() if travels else batch
         passes = self.places.passes
         raise ValueError(
             f"The data ran out: all whole batches of its {self.places.num_samples} samples were read "
@@ -119,6 +126,16 @@ class _Collate:
             raise ValueError("Some data sets of the blend have label files and some have none: give label_data_paths for all of them.")
         label = torch.from_numpy(np.stack(labels)) if labels else None
         return Batch.from_rows(text, self.pattern, label=label, masked_id=self.masked_id, document_end_id=self.document_end_id)
+
+
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """Rows to a batch in one piece."""
+
+    collate: _Collate
+
+    def __call__(self, rows: list[Sample]) -> Packet[Batch]:
+        return Packet.of(self.collate(rows))
 
 
 class _Rows(Dataset[Sample]):

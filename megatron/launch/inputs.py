@@ -16,17 +16,18 @@ class Input:
 
     key: str
     name: str
-    files: tuple[Path, ...]
+    files: tuple[str, ...]
 
     @property
-    def missing(self) -> tuple[Path, ...]:
-        return tuple(path for path in self.files if not path.exists())
+    def missing(self) -> tuple[str, ...]:
+        """Those that are not there. Remote ones are asked for over the network."""
+        return tuple(name for name in self.files if not _exists(name))
 
 
 def tokenizer_inputs(config: Config) -> list[Input]:
     """The tokenizer's files."""
     named = {"vocab_file": config.tokenizer.vocab_file, "merge_file": config.tokenizer.merge_file}
-    return [Input(key=key, name=name, files=(Path(name),)) for key, name in named.items() if name is not None]
+    return [Input(key=key, name=name, files=(name,)) for key, name in named.items() if name is not None]
 
 
 def data_inputs(config: Config) -> list[Input]:
@@ -41,11 +42,7 @@ def data_inputs(config: Config) -> list[Input]:
         "valid_label_data_paths": data.valid_label_data_paths,
         "test_label_data_paths": data.test_label_data_paths,
     }
-    return [
-        Input(key=key, name=prefix, files=(Path(f"{prefix}.bin"), Path(f"{prefix}.idx")))
-        for key, prefixes in named.items()
-        for prefix in prefixes or ()
-    ]
+    return [Input(key=key, name=prefix, files=(f"{prefix}.bin", f"{prefix}.idx")) for key, prefixes in named.items() for prefix in prefixes or ()]
 
 
 def training_prefix(config: Config) -> str | None:
@@ -74,8 +71,14 @@ def obstacles(config: Config, *, script: str, has_fp16: bool) -> list[str]:
     return found
 
 
-def _listed(paths: tuple[Path, ...]) -> str:
-    return f"{' and '.join(map(str, paths))} {'does' if len(paths) == 1 else 'do'} not exist"
+def _exists(name: str) -> bool:
+    from megatron.data.remote import exists, is_remote
+
+    return exists(name) if is_remote(name) else Path(name).exists()
+
+
+def _listed(files: tuple[str, ...]) -> str:
+    return f"{' and '.join(files)} {'does' if len(files) == 1 else 'do'} not exist"
 
 
 def _unwritable(folder: Path) -> str | None:

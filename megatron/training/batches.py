@@ -87,6 +87,7 @@ class RunData:
             masked_id=self.end_of_document if self.config.data.eod_mask_loss else None,
             document_end_id=self.end_of_document if self.config.attention.reset_at_document_end else None,
             num_workers=num_workers,
+            pinned=self.mesh.device.type == "cuda",
         )
         return quietly_started(loader, self.mesh.device)
 
