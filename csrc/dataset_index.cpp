@@ -33,6 +33,15 @@ struct Stream {
     int64_t order_length;
 };
 
+// Arrays mapped from a file may lie anywhere; what is read here as numbers must lie where numbers do.
+template <typename T>
+void check_aligned(const Array<T>& values, const char* name) {
+    if (reinterpret_cast<std::uintptr_t>(values.data()) % alignof(T) != 0) {
+        throw std::invalid_argument(std::string(name) + " does not lie on a multiple of " + std::to_string(alignof(T)) +
+                                    " bytes in memory: pass an aligned copy of it.");
+    }
+}
+
 int32_t size_at(const Stream& stream, int64_t position) {
     const int32_t sequence = stream.order[position];
     if (sequence < 0 || sequence >= stream.num_sequences) {
@@ -70,6 +79,8 @@ py::array_t<T> sample_index(const Array<int32_t>& sizes, const Array<int32_t>& o
     if (sizes.ndim() != 1 || order.ndim() != 1 || seq_length < 1 || num_samples < 0) {
         throw std::invalid_argument("sample_index takes rows of sizes and order, seq_length of at least 1, and num_samples of at least 0.");
     }
+    check_aligned(sizes, "sizes");
+    check_aligned(order, "order");
     if (num_samples >= std::numeric_limits<int64_t>::max() / seq_length) {
         throw std::invalid_argument(std::to_string(num_samples) + " samples of " + std::to_string(seq_length) +
                                     " tokens are more than 64 bits can count.");
@@ -90,6 +101,7 @@ py::tuple blend_index(const Array<double>& weights, int64_t size) {
         throw std::invalid_argument("blend_index takes 1 to 254 weights and a size of at least 0, and was given " + std::to_string(num_parts) +
                                     " weights and size " + std::to_string(size) + ".");
     }
+    check_aligned(weights, "weights");
     py::array_t<uint8_t> parts(size);
     py::array_t<int64_t> rows(size);
     uint8_t* part_out = parts.mutable_data();

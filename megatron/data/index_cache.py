@@ -105,7 +105,7 @@ class _Cache:
         Everything old goes first: arrays of two builds never stand side by side, wherever this one is killed.
         """
         try:
-            for stale in self._stale():
+            for stale in (self.sidecar, *(Path(f"{self.base[0]}_{array}.npy") for array in ARRAYS)):
                 stale.unlink(missing_ok=True)
             for array in ARRAYS:
                 _write(Path(f"{self.base[0]}_{array}.npy"), lambda file, values=getattr(index, array): np.save(file, values))
@@ -114,14 +114,6 @@ class _Cache:
             log.warning("The sample index %s cannot be kept (%s): every process builds its own, at every start.", self.base[0], error)
             return index
         return self._load(self.base[0]) or index
-
-    def _stale(self) -> Iterator[Path]:
-        """What an earlier build may have left under these names, killed or not. The sidecar, which vouches for the arrays, is first."""
-        yield self.sidecar
-        for array in ARRAYS:
-            path = Path(f"{self.base[0]}_{array}.npy")
-            yield path
-            yield from path.parent.glob(f"{glob.escape(path.name)}.*{_PART}")
 
     def _fingerprint(self) -> dict[str, object]:
         masked = None if self.is_masked is None else hashlib.sha256(self.is_masked.tobytes()).hexdigest()
@@ -234,7 +226,9 @@ def _describe(path: Path) -> dict[str, str | int]:
 
 
 def _write(path: Path, fill: Callable[..., object]) -> None:
-    """Write a file under a temporary name, then give it its own."""
+    """Write a file under a temporary name, then give it its own. What killed processes left of earlier attempts goes."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*{_PART}"):
+        left.unlink(missing_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}{_PART}")
     try:
         with open(part, "wb") as file:

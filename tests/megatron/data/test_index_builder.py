@@ -11,19 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from megatron.data import index_builder
 from megatron.data.index_builder import blend_index, build, compile_command, load, sample_index, sample_index_dtype
 from sepllm.ops.extension import COMPILERS, find_compiler
-
-
-def defined_sample_index(sizes: NDArray, order: NDArray, *, seq_length: int, num_samples: int) -> NDArray:
-    """Where token ``i * seq_length`` of the stream lies: the first sequence that ends behind it."""
-    ends = np.cumsum(sizes[order], dtype=np.int64)
-    starts = np.arange(num_samples + 1, dtype=np.int64) * seq_length
-    position = np.searchsorted(ends, starts, side="right")
-    return np.stack([position, starts - (ends - sizes[order])[position]], axis=1)
+from tools.bench.index_build import defined_sample_index
 
 
 def defined_blend_index(weights: list[float], size: int) -> tuple[list[int], list[int]]:
@@ -70,6 +62,12 @@ def test_rows_are_64_bit_where_gpt_neox_makes_them_so(num_samples: int, dtype: s
 def test_sizes_may_lie_unaligned_in_a_file() -> None:
     raw = np.frombuffer(b"\0" + np.array([4, 5], dtype="<i4").tobytes(), dtype=np.uint8)[1:].view("<i4")
     assert sample_index(raw, np.array([1, 0], dtype=np.int32), seq_length=4, num_samples=2).tolist() == [[0, 0], [0, 4], [1, 3]]
+
+
+def test_unaligned_arrays_are_refused_by_the_compiled_code_itself() -> None:
+    raw = np.zeros(9, dtype=np.uint8)[1:].view(np.int32)
+    with pytest.raises(ValueError, match="sizes does not lie on a multiple of 4 bytes"):
+        load().sample_index_int32(raw, np.zeros(1, dtype=np.int32), seq_length=4, num_samples=2)
 
 
 def test_a_foreign_order_is_refused() -> None:
@@ -137,20 +135,30 @@ random = np.random.RandomState(0)
 numbers = [-(2**31), -1, 0, 1, 2, 3, 7, 2**31 - 1]
 wide = [-1, 0, 1, 2, 5, 2**31, 2**62, 2**63 - 1]
 calls = refused = 0
+def placed(values, dtype):
+    # an array that may also be unaligned, strided, a column, of another type, or backwards
+    values = values.astype(dtype)
+    kind = random.randint(0, 12)
+    if kind == 0:
+        raw = np.zeros(values.nbytes + 1, dtype=np.uint8)
+        raw[1:] = values.view(np.uint8)
+        return raw[1:].view(dtype)
+    return {1: np.repeat(values, 2)[::2], 2: values[:, None], 3: values.astype(np.float64), 4: values[::-1]}.get(kind, values)
 for _ in range(3000):
-    sizes = random.choice(numbers, random.randint(0, 5)).astype(np.int32)
-    order = random.choice(numbers[1:7], random.randint(0, 7)).astype(np.int32)
+    sizes = placed(random.choice(numbers, random.randint(0, 5)), np.int32)
+    order = placed(random.choice(numbers[1:7], random.randint(0, 7)), np.int32)
     length, samples = int(random.choice(wide[:7])), int(random.choice([-1, 0, 1, 2, 5, 40]))
     for build in (module.sample_index_int32, module.sample_index_int64):
         calls += 1
         try:
             build(sizes, order, seq_length=length, num_samples=samples)
-        except ValueError:
+        except (ValueError, TypeError):
             refused += 1
     calls += 1
+    weights = placed(random.choice([0.0, 1.0, -1.0, np.nan, np.inf, 1e308], random.randint(0, 4)), np.float64)
     try:
-        module.blend_index(random.choice([0.0, 1.0, -1.0, np.nan, np.inf, 1e308], random.randint(0, 4)), int(random.choice([-1, 0, 1, 50])))
-    except ValueError:
+        module.blend_index(weights, int(random.choice([-1, 0, 1, 50])))
+    except (ValueError, TypeError):
         refused += 1
 print(calls, refused)
 """

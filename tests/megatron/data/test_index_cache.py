@@ -4,6 +4,9 @@ import hashlib
 import io
 import json
 import logging
+import os
+import signal
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -272,3 +275,82 @@ def test_an_index_beside_data_without_tokens_is_refused_in_a_sentence(tmp_path: 
     write_foreign(full, old_name=False)
     with pytest.raises(ValueError, match="hold no tokens"):
         open_index(write(tmp_path, np.zeros(20, dtype=int)), "train_0", REQUEST)
+
+
+OLD_SIZES = np.array([5, 9, 3, 8, 6, 4, 7, 2])
+NEW_SIZES = np.array([5, 9, 3, 8, 6, 4, 9])
+"""As many tokens in fewer sequences: as many samples, in another order."""
+FILE_EVENTS = ("open", "os.rename", "os.remove")
+
+
+def resized(sizes: np.ndarray) -> SampleRequest:
+    return replace(REQUEST, last_document=len(sizes), num_samples=20)
+
+
+def opened(folder: Path, *, is_builder: bool = True) -> bool:
+    """Whether the index of the new sizes is right."""
+    tokens = IndexedDataset(folder / "data")
+    return is_right(open_index(tokens, "train_0", resized(NEW_SIZES), is_builder=is_builder), tokens, resized(NEW_SIZES))
+
+
+def killed_after(events: int, folder: Path) -> bool:
+    """Whether a process that builds the index was killed when it did something to the ``events``-th file of the folder."""
+    if (pid := os.fork()) == 0:
+        left = events
+
+        def count() -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def hook(event: str, arguments: tuple[object, ...]) -> None:
+            if event in FILE_EVENTS and str(folder) in str(arguments[0]):
+                count()
+
+        synchronise = os.fsync
+        os.fsync = lambda file: (count(), synchronise(file))[1]  # when the file is written and has not its name yet
+        sys.addaudithook(hook)
+        try:
+            os._exit(0 if opened(folder) else 1)
+        finally:
+            os._exit(2)
+    status = os.waitpid(pid, 0)[1]
+    assert os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+def test_a_build_killed_at_any_moment_leaves_nothing_harmful(tmp_path: Path) -> None:
+    """Over a cache of older data under the same names, whose arrays have the lengths of the new ones."""
+    kills = 0
+    while True:
+        folder = tmp_path / str(kills)
+        folder.mkdir()
+        open_index(write(folder, OLD_SIZES), "train_0", resized(OLD_SIZES))
+        write(folder, NEW_SIZES)
+        if not killed_after(kills, folder):
+            break
+        kills += 1
+        assert opened(folder, is_builder=False)
+        assert opened(folder)
+        assert opened(folder, is_builder=False)
+        assert not [path.name for path in folder.iterdir() if path.name.endswith(".part")]
+    assert kills > 15
+
+
+def test_runs_that_start_together_build_an_index_once(tokens: IndexedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def noted(request: SampleRequest, *args: object, **kwargs: object) -> SampleIndex:
+        (tmp_path / f"built-by-{os.getpid()}").touch()
+        return build_index(request, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(index_cache, "build_index", noted)
+    children = []
+    for _ in range(4):
+        if (pid := os.fork()) == 0:
+            try:
+                os._exit(0 if is_right(open_index(tokens, "train_0", REQUEST), tokens) else 1)
+            finally:
+                os._exit(2)
+        children.append(pid)
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0] * 4
+    assert len(list(tmp_path.glob("built-by-*"))) == 1
