@@ -30,9 +30,7 @@ from tools.bench import report
 from tools.bench.machine import ROOT, describe, peak_rss_bytes
 
 REPEATS = 3
-WANTED_S = 10.0
-"""For 1e9 tokens in 1e6 documents."""
-GB = 2.0**30
+MIB = 2.0**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +94,7 @@ def run(arguments: argparse.Namespace) -> tuple[report.Result, bool]:
     notes = [f"C++ {'built' if is_right else 'DID NOT BUILD'} the arrays of the definition, bit for bit, wherever both ran."]
     table = report.Table(
         title=f"One pass, S = {arguments.seq_length}, seed 1234; median of {REPEATS}. Memory: at its highest, above that before building.",
-        columns=("tokens", "documents", "samples", "arrays GiB", "C++ s", "C++ GiB", "numpy s", "numpy GiB", "faster"),
+        columns=("tokens", "documents", "samples", "arrays MiB", "C++ s", "C++ MiB", "numpy s", "numpy MiB", "faster"),
         rows=[_row(corpus, found["c++"], found.get("numpy")) for corpus, found in rows],
     )
     print(table.text(), *notes, sep="\n")
@@ -116,15 +114,15 @@ def contenders_of(corpus: Corpus) -> list[str]:
 
 
 def _row(corpus: Corpus, ours: Measured, definition: Measured | None) -> tuple[str, ...]:
-    theirs = ("", "", "") if definition is None else (f"{definition.seconds:.2f}", f"{definition.peak_bytes / GB:.2f}")
+    theirs = ("", "", "") if definition is None else (f"{definition.seconds:.2f}", f"{definition.peak_bytes / MIB:,.0f}")
     faster = () if definition is None else (f"{definition.seconds / ours.seconds:.1f}x",)
     return (
         f"{corpus.tokens:.3g}",
         f"{corpus.documents:,}",
         f"{ours.samples:,}",
-        f"{ours.array_bytes / GB:.2f}",
+        f"{ours.array_bytes / MIB:,.0f}",
         f"{ours.seconds:.2f}",
-        f"{ours.peak_bytes / GB:.2f}",
+        f"{ours.peak_bytes / MIB:,.0f}",
         *theirs,
         *faster,
     )

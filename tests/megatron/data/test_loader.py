@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from megatron.data.gpt_dataset import Sample
+from megatron.data.indexed import IndexedDatasetWriter
 from megatron.data.loader import BatchLoader
 from sepllm.pattern import AttentionPattern
 
@@ -117,3 +121,48 @@ def test_no_batch_is_kept() -> None:
 
     read(BatchLoader(Counting(4), PATTERN, micro_batch_size=3, passes=None), 3)
     assert seen == [0, 1, 2] * 3
+
+
+EPOCH = """
+import itertools
+import sys
+from pathlib import Path
+
+from megatron.data.gpt_dataset import GPTDataset
+from megatron.data.indexed import IndexedDataset
+from megatron.data.loader import BatchLoader
+from megatron.data.packing import SampleRequest, build_index
+from sepllm.pattern import AttentionPattern
+
+def own_kilobytes():
+    status = Path("/proc/self/status").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in status if line.startswith(("RssAnon:", "RssShmem:")))
+
+prefix, num_workers = sys.argv[1], int(sys.argv[2])
+tokens = IndexedDataset(prefix)
+request = SampleRequest(first_document=0, last_document=len(tokens), seq_length=512, num_samples=None, num_epochs=1, seed=1)
+dataset = GPTDataset(tokens, build_index(request, tokens.sizes), seq_length=512)
+pattern = AttentionPattern(initial_tokens=1, separator_ids=(5,), windows=(64,))
+batches = iter(BatchLoader(dataset, pattern, micro_batch_size=4, passes=None, num_workers=num_workers))
+size = 0
+for batch in itertools.islice(batches, 200):
+    size = sum(tensor.nbytes for tensor in (batch.ids, batch.labels, batch.loss_mask))
+before = own_kilobytes()
+for batch in itertools.islice(batches, 1500):
+    pass
+print(own_kilobytes() - before, 1500 * size // 1024)
+"""
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_memory_stays_the_same_over_epochs(num_workers: int, tmp_path: Path) -> None:
+    """What the process itself holds: pages of the mapped file come and go as the system likes."""
+    with IndexedDatasetWriter(tmp_path / "x", "u2") as writer:
+        for first in range(100):
+            writer.add_document(np.arange(first, first + 5000) % 1000)
+    command = [sys.executable, "-c", EPOCH, str(tmp_path / "x"), str(num_workers)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    grown, all_batches = map(int, done.stdout.split())
+    assert all_batches > 50_000
+    assert grown < 2_000

@@ -8,10 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 
 from megatron.config.schema import CheckpointConfig
+from megatron.data.block_cache import BlockCache
 from megatron.data.indexed import IndexedDatasetWriter
 from megatron.launch.environment import REPOSITORY
 from megatron.launch.main import main
@@ -95,6 +97,21 @@ def test_the_share_is_counted_on_training_data(capsys: pytest.CaptureFixture[str
         writer.add_document(np.full(400, 46))
     argv = ["train.py", "-d", f"{CONFIGS}/local", "tiny", "tiny-sepllm", "--check", "--set", f"data_path={tmp_path}/text"]
     assert plan(capsys, argv)["kept ratio"].startswith("100.00 % of the attention map")
+
+
+def test_remote_data_is_looked_for_and_read_where_it_lies(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BlockCache, "of_user", lambda limit_gb=10.0: BlockCache(folder=tmp_path / "cache", limit_bytes=10**6))
+    with IndexedDatasetWriter(tmp_path / "text", "u2") as writer:
+        writer.add_document(np.full(400, 46))
+    for end in ("bin", "idx"):
+        fsspec.filesystem("memory").pipe_file(f"/plan/text.{end}", (tmp_path / f"text.{end}").read_bytes())
+    argv = ["train.py", "-d", f"{CONFIGS}/local", "tiny", "tiny-sepllm", "--check", "--set"]
+    there, nowhere = (plan(capsys, [*argv, f"data_path=memory://plan/{name}"]) for name in ("text", "no"))
+    assert there["data"] == "data_path memory://plan/text"
+    assert there["kept ratio"].startswith("100.00 % of the attention map")
+    assert "data_path: memory://plan/no.bin and memory://plan/no.idx do not exist" in nowhere["cannot start"]
 
 
 def test_a_damaged_data_file_is_reported_and_the_plan_goes_on(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
