@@ -25,6 +25,7 @@ from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron.data.loader import BatchLoader
 from megatron.data.remote import RemoteFile, exists
 from sepllm.pattern import AttentionPattern
+from tools.datasets import head
 
 ROWS = [list(range(first, first + 1 + first % 300)) for first in range(0, 2000, 17)]
 PATTERN = AttentionPattern(initial_tokens=1, separator_ids=(5,), windows=(2,))
@@ -275,3 +276,9 @@ def test_the_index_of_remote_data_is_built_once_on_each_node(tmp_path: Path, use
 def test_reading_all_of_a_remote_file_ahead_is_refused(tmp_path: Path, cache: BlockCache) -> None:
     with pytest.raises(ValueError, match=r"mmap_warmup reads all of a file ahead, and memory://.* is remote"):
         IndexedDataset(in_memory(tmp_path), warmup=True, cache=cache)
+
+
+def test_the_first_documents_of_a_remote_pair_are_shown(tmp_path: Path, user_cache: BlockCache, capsys: pytest.CaptureFixture[str]) -> None:
+    assert head.main([in_memory(tmp_path, [[7, 8, 9], [3]]), "-n", "1"]) == 0
+    assert "7 8 9" in capsys.readouterr().out
+    assert list(user_cache.folder.rglob("blocks/*/*/*"))
