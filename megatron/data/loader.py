@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from megatron.data.batch import Batch
-from megatron.data.gpt_dataset import Sample, SampleDataset
+from megatron.data.gpt_dataset import IGNORED_LABEL, SampleDataset
 from megatron.data.packet import Packet
 from sepllm.pattern import AttentionPattern
 
@@ -34,12 +36,14 @@ class BatchLoader:
         passes: int | None = 1,
         masked_id: int | None = None,
         document_end_id: int | None = None,
+        vocab_size: int | None = None,
         num_workers: int = 0,
         pinned: bool = False,
     ) -> None:
         """``consumed_samples``: by all ranks, since the start of the run. ``passes`` over the data, each in the same order
-        (`train_epochs`); None: without end. ``masked_id`` and ``document_end_id``: see `Batch.from_rows`. ``num_workers``:
-        processes that read ahead; 0 reads in this one. ``pinned``: in memory from which a CUDA device copies while the process goes on.
+        (`train_epochs`); None: without end. ``masked_id`` and ``document_end_id``: see `Batch.from_rows`. ``vocab_size``:
+        a token outside of it is an error; None trusts the data. ``num_workers``: processes that read ahead; 0 reads in this one.
+        ``pinned``: in memory from which a CUDA device copies while the process goes on.
         """
         self.dataset = dataset
         # A single pass may read the sample that `len` leaves out, so that a run of exactly that many samples can end.
@@ -51,27 +55,36 @@ class BatchLoader:
             first=consumed_samples,
             passes=passes,
         )
-        self._collate = _Collate(pattern=pattern, masked_id=masked_id, document_end_id=document_end_id)
+        self._make = _Maker(dataset=dataset, pattern=pattern, masked_id=masked_id, document_end_id=document_end_id, vocab_size=vocab_size)
         self._num_workers = num_workers
         self._pinned = pinned
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches until the data ends; asking for one more is an error that says so."""
-        travels = self._num_workers > 0 or self._pinned
-        batches: DataLoader = DataLoader(
-            _Rows(self.dataset),
-            batch_sampler=self.places,
-            collate_fn=_Packed(self._collate) if travels else self._collate,
-            num_workers=self._num_workers,
-            pin_memory=self._pinned,
-        )
-        for batch in batches:
-            yield batch.open() if travels else batch
+        for made in self._made():
+            if isinstance(made, ValueError):
+                raise made
+            yield made
         passes = self.places.passes
         raise ValueError(
             f"The data ran out: all whole batches of its {self.places.num_samples} samples were read "
             f"{'once' if passes == 1 else f'{passes} times'}. Give more data, train for fewer iterations, or set train_epochs."
         )
+
+    def _made(self) -> Iterator[Batch | ValueError]:
+        """Batches of all places, in order. What must leave the process that makes it, or be pinned, travels in one piece."""
+        if self._num_workers == 0 and not self._pinned:
+            yield from map(self._make, self.places)
+            return
+        packets: DataLoader[Packet[Batch | ValueError]] = DataLoader(
+            cast(Dataset, _Itself()),
+            batch_sampler=self.places,
+            collate_fn=_Sender(make=self._make),
+            num_workers=self._num_workers,
+            pin_memory=self._pinned,
+        )
+        for packet in packets:
+            yield packet.open()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,38 +124,54 @@ class Places:
             at += self.group
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Collate:
-    """Rows to a batch. An object and not a closure, so that worker processes can be sent it."""
+class _Itself(Dataset[int]):
+    """Every place is itself: the samples are read where a batch is made of them."""
 
+    def __getitem__(self, place: int) -> int:
+        return place
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Maker:
+    """Places to a batch. An object and not a closure, so that worker processes can be sent it."""
+
+    dataset: SampleDataset
     pattern: AttentionPattern
     masked_id: int | None
     document_end_id: int | None
+    vocab_size: int | None
 
-    def __call__(self, rows: list[Sample]) -> Batch:
+    def __call__(self, places: list[int]) -> Batch:
+        rows = [self.dataset[place] for place in places]
         text = torch.from_numpy(np.stack([row["text"] for row in rows]))
         labels = [row["label"] for row in rows if "label" in row]
         if labels and len(labels) != len(rows):
             raise ValueError("Some data sets of the blend have label files and some have none: give label_data_paths for all of them.")
         label = torch.from_numpy(np.stack(labels)) if labels else None
+        if self.vocab_size is not None:
+            self._check_tokens(text, least=0)
+            if label is not None:
+                self._check_tokens(label, least=IGNORED_LABEL)
         return Batch.from_rows(text, self.pattern, label=label, masked_id=self.masked_id, document_end_id=self.document_end_id)
 
+    def _check_tokens(self, tokens: Tensor, *, least: int) -> None:
+        lowest, highest = (int(extreme) for extreme in tokens.aminmax())
+        if lowest < least or highest >= (self.vocab_size or 0):
+            wrong = lowest if lowest < least else highest
+            raise ValueError(
+                f"The data holds token {wrong}, and the model has {self.vocab_size} (padded_vocab_size): it was made with another tokenizer, or is "
+                f"damaged. `python -m tools.datasets.verify PREFIX --vocab-size {self.vocab_size}` says where."
+            )
 
-@dataclass(frozen=True, slots=True)
-class _Packed:
-    """Rows to a batch in one piece."""
 
-    collate: _Collate
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sender:
+    """Places to a batch in one piece, or to the sentence that says why there is none."""
 
-    def __call__(self, rows: list[Sample]) -> Packet[Batch]:
-        return Packet.of(self.collate(rows))
+    make: _Maker
 
-
-class _Rows(Dataset[Sample]):
-    """The data set as torch wants one."""
-
-    def __init__(self, dataset: SampleDataset) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, place: int) -> Sample:
-        return self.dataset[place]
+    def __call__(self, places: list[int]) -> Packet[Batch | ValueError]:
+        try:
+            return Packet.of(self.make(places))
+        except ValueError as error:
+            return Packet.of(error)

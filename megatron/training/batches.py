@@ -86,6 +86,7 @@ class RunData:
             passes=passes,
             masked_id=self.end_of_document if self.config.data.eod_mask_loss else None,
             document_end_id=self.end_of_document if self.config.attention.reset_at_document_end else None,
+            vocab_size=self.config.model.padded_vocab_size,
             num_workers=num_workers,
             pinned=self.mesh.device.type == "cuda",
         )

@@ -111,6 +111,28 @@ def test_label_rows_for_some_samples_only_are_refused() -> None:
         read(BatchLoader(Numbers(5, num_labelled=1), PATTERN, micro_batch_size=2), 1)
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_token_outside_the_vocabulary_is_a_sentence_and_not_an_index(num_workers: int) -> None:
+    loader = BatchLoader(Numbers(9), PATTERN, micro_batch_size=2, vocab_size=5, num_workers=num_workers)
+    assert read(loader, 2) == [[0, 1], [2, 3]]
+    with pytest.raises(ValueError, match=r"^The data holds token 5, and the model has 5 \(padded_vocab_size\): it was made with another tokenizer"):
+        read(loader, 3)
+
+
+def test_a_negative_token_is_none_and_a_negative_label_is_ignored() -> None:
+    labelled = BatchLoader(Numbers(5, num_labelled=5), PATTERN, micro_batch_size=2, vocab_size=9)
+    assert read(labelled, 2) == [[0, 1], [2, 3]]
+    with pytest.raises(ValueError, match="The data holds token -1,"):
+        read(BatchLoader(Shifted(5), PATTERN, micro_batch_size=2, vocab_size=9), 1)
+
+
+class Shifted(Numbers):
+    """Sample i is full of i - 1."""
+
+    def __getitem__(self, place: int) -> Sample:
+        return {"text": np.full(3, place - 1)}
+
+
 def test_no_batch_is_kept() -> None:
     seen: list[int] = []
 
