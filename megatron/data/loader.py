@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from megatron.data.batch import Batch
-from megatron.data.gpt_dataset import IGNORED_LABEL, SampleDataset
+from megatron.data.gpt_dataset import SampleDataset
 from megatron.data.packet import Packet
 from sepllm.pattern import AttentionPattern
 
@@ -149,15 +149,16 @@ class _Maker:
             raise ValueError("Some data sets of the blend have label files and some have none: give label_data_paths for all of them.")
         label = torch.from_numpy(np.stack(labels)) if labels else None
         if self.vocab_size is not None:
-            self._check_tokens(text, least=0)
+            self._check_tokens(text)
             if label is not None:
-                self._check_tokens(label, least=IGNORED_LABEL)
+                self._check_tokens(label.clamp(min=0))  # any label below 0 is one that does not count
         return Batch.from_rows(text, self.pattern, label=label, masked_id=self.masked_id, document_end_id=self.document_end_id)
 
-    def _check_tokens(self, tokens: Tensor, *, least: int) -> None:
+    def _check_tokens(self, tokens: Tensor) -> None:
+        assert self.vocab_size is not None
         lowest, highest = (int(extreme) for extreme in tokens.aminmax())
-        if lowest < least or highest >= (self.vocab_size or 0):
-            wrong = lowest if lowest < least else highest
+        if lowest < 0 or highest >= self.vocab_size:
+            wrong = lowest if lowest < 0 else highest
             raise ValueError(
                 f"The data holds token {wrong}, and the model has {self.vocab_size} (padded_vocab_size): it was made with another tokenizer, or is "
                 f"damaged. `python -m tools.datasets.verify PREFIX --vocab-size {self.vocab_size}` says where."
