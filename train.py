@@ -8,6 +8,7 @@ from megatron.launch.worker import worker_config
 def main() -> int:
     """The exit status; 2, and a sentence, where the input is wrong."""
     config = worker_config()  # before torch: it completes the environment
+    from megatron.parallel.mesh import end_communication
     from megatron.training.trainer import CannotStart, train
 
     try:
@@ -15,6 +16,7 @@ def main() -> int:
     except CannotStart as mistake:
         print(mistake, file=sys.stderr)
         return 2
+    end_communication()
     return 0
 
 

@@ -57,8 +57,6 @@ NOT_BUILT_YET: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (lambda config: config.model.use_mup, "use_mup: muP is not built yet."),
     (lambda config: config.model.num_unique_layers is not None, "num_unique_layers: layers that share parameters are not built yet."),
     (lambda config: config.parallel.pipe_parallel_size > 1, "pipe_parallel_size above 1: pipelines are not built yet; use 0 or 1."),
-    (lambda config: config.parallel.model_parallel_size > 1, "model_parallel_size above 1: tensor parallelism is not built yet; use 1."),
-    (lambda config: config.parallel.sequence_parallel, "sequence_parallel: it comes with tensor parallelism, which is not built yet."),
     (lambda config: config.parallel.context_parallel_size > 1, "context_parallel_size above 1: context parallelism is not built yet; use 1."),
     (
         lambda config: config.generation.text_gen_type == "precompute",
@@ -287,6 +285,41 @@ def _check_clipping_in_pipelines(settings: Settings, config: Config) -> Iterator
         yield Mistake(keys=("pipe_parallel_size", "zero_optimization.stage"), text=text)
 
 
+def _check_tensor_parallel(settings: Settings, config: Config) -> Iterator[Mistake]:
+    parallel, model, shards = config.parallel, config.model, config.parallel.model_parallel_size
+    if shards == 1:
+        return
+    if model.intermediate_size % shards:
+        text = f"model_parallel_size ({shards}) must divide the width of the MLP ({model.intermediate_size}): change intermediate_size."
+        yield Mistake(keys=("model_parallel_size", "intermediate_size"), text=text)
+    pieces = shards * parallel.context_parallel_size
+    if parallel.sequence_parallel and model.seq_length % pieces:
+        text = f"sequence_parallel cuts seq_length ({model.seq_length}) into {pieces} pieces, which do not divide it: change seq_length."
+        yield Mistake(keys=("sequence_parallel", "seq_length", "model_parallel_size"), text=text)
+    if model.fp16_lm_cross_entropy:
+        text = "fp16_lm_cross_entropy is true, and model_parallel_size above 1 computes the loss of a sharded vocabulary in fp32: set it to false."
+        yield Mistake(keys=("fp16_lm_cross_entropy", "model_parallel_size"), text=text)
+    if parallel.zero_stage == 3:
+        text = (
+            f"zero_optimization.stage 3 and model_parallel_size {shards}: nothing reads what ZeRO 3 saves of sharded weights. Use stage 2, or "
+            "model_parallel_size 1."
+        )
+        yield Mistake(keys=("zero_optimization.stage", "model_parallel_size"), text=text)
+    if parallel.zero_stage == 0 and config.precision.precision != "fp32":
+        text = (
+            f"{config.precision.precision} with model_parallel_size above 1 and no ZeRO clips by the norm of the first shard alone: set "
+            "zero_optimization.stage to 1."
+        )
+        yield Mistake(keys=("model_parallel_size", "zero_optimization.stage"), text=text)
+    has_own_dropout = model.attention_dropout > 0 or (model.hidden_dropout > 0 and parallel.sequence_parallel and not model.gpt_j_residual)
+    if config.training.compile and has_own_dropout:
+        text = (
+            "compile cannot trace the random numbers that each shard draws for itself: set compile to false, or attention_dropout (and, with "
+            "sequence_parallel and without gpt_j_residual, hidden_dropout) to 0."
+        )
+        yield Mistake(keys=("compile", "model_parallel_size"), text=text)
+
+
 def _check_compile(settings: Settings, config: Config) -> Iterator[Mistake]:
     if config.training.compile and config.parallel.zero_stage == 3:
         text = "compile builds whole blocks, whose weights ZeRO stage 3 fetches in between: use stage 2, or set compile to false."
@@ -328,6 +361,7 @@ _CONFIG_CHECKS: tuple[Callable[[Settings, Config], Iterator[Mistake]], ...] = (
     _check_padded_vocabulary,
     _check_cross_entropy,
     _check_clipping_in_pipelines,
+    _check_tensor_parallel,
     _check_compile,
     _check_confirmed,
 )

@@ -291,6 +291,7 @@ _TRAINING: dict[str, Rule] = {
         no_load_optim=FLAG,
         no_load_rng=FLAG,
         no_save_rng=FLAG,
+        row_biases=choice("summed", "copied"),
         allow_fresh_start=FLAG,
         checkpoint_validation_with_forward_pass=FLAG,
     ),

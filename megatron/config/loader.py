@@ -38,13 +38,17 @@ def load_config(
     world_size: int,
     device: Device = "cuda",
     vocab_size: int | None = None,
+    holds_whole_models: bool = False,
 ) -> Config:
     """The resolved configuration of these files for ``world_size`` devices, ``overrides`` winning. Raises `ConfigError` with every mistake.
 
     ``overrides`` are values by key, dots leading into blocks, as `parse_override` reads them. ``vocab_size`` is the tokenizer's; by default
-    it is counted in `vocab_file`, and unknown (None) where that is absent.
+    it is counted in `vocab_file`, and unknown (None) where that is absent. ``holds_whole_models``: every device holds all of the model, to
+    generate, score or convert, whatever layout the files train it with; the model itself is theirs, its padded vocabulary too.
     """
-    return load_config_with_notes(paths, overrides=overrides, world_size=world_size, device=device, vocab_size=vocab_size).config
+    return load_config_with_notes(
+        paths, overrides=overrides, world_size=world_size, device=device, vocab_size=vocab_size, holds_whole_models=holds_whole_models
+    ).config
 
 
 def load_config_with_notes(
@@ -54,9 +58,12 @@ def load_config_with_notes(
     world_size: int,
     device: Device = "cuda",
     vocab_size: int | None = None,
+    holds_whole_models: bool = False,
 ) -> LoadedConfig:
     """As `load_config`, with the notes for the user."""
     files, settings = _read(paths, overrides)
+    if holds_whole_models:
+        attempt(settings, lambda: _hold_whole_models(settings))
     check_settings(settings)
     config = resolve(settings, world_size=world_size, device=device, vocab_size=vocab_size, files=files)
     if config is not None:
@@ -66,6 +73,19 @@ def load_config_with_notes(
     assert config is not None, "something was unreadable and nobody reported it"
     config = config.model_copy(update={"overrides": dict(overrides or {})})
     return LoadedConfig(config=config, notes=tuple(dict.fromkeys([*settings.notes, *advice(config)])))
+
+
+_OF_PARALLEL_TRAINING = ("pipe_parallel_size", "model_parallel_size", "context_parallel_size", "sequence_parallel")
+
+
+def _hold_whole_models(settings: Settings) -> None:
+    """Takes out how the model is spread over devices and how many samples make a step. The vocabulary stays padded as it is trained."""
+    if not settings.has("padded_vocab_size"):
+        unit = settings.get_or("make_vocab_size_divisible_by", 128) * settings.get_or("model_parallel_size", 1)
+        settings.values["make_vocab_size_divisible_by"] = unit
+    steps = ("train_batch_size", "gradient_accumulation_steps") if settings.has("train_micro_batch_size_per_gpu") else ()
+    for key in (*_OF_PARALLEL_TRAINING, *steps):
+        settings.values.pop(key, None)
 
 
 def load_launch(paths: Sequence[str | Path], *, overrides: Mapping[str, object] | None = None) -> LaunchConfig:

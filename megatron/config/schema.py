@@ -230,6 +230,9 @@ class CheckpointConfig(Group):
     no_load_optim: bool = False
     no_load_rng: bool = False
     no_save_rng: bool = False
+    row_biases: Literal["summed", "copied"] = "summed"
+    """What the tensor-parallel pieces of another program's checkpoint hold under the parallel residual, as biases of `attention.dense` and
+    `mlp.linear2`: addends, as GPT-NeoX saves them, or copies of the whole."""
     allow_fresh_start: bool = False
     """Start from nothing where `load` holds no checkpoint; otherwise that is an error."""
     checkpoint_validation_with_forward_pass: bool = False

@@ -27,7 +27,8 @@ def load_model(config: Config, device: torch.device) -> LoadedModel:
     """The model that `load` and `iteration` name. ValueError where there is none, or where it is not this configuration's."""
     found = _checkpoint(config)
     model = build_model(config, device="meta")
-    load_into(model, weights_of(found, config.model), source=found.folder, dtype=DTYPES[config.precision.precision], device=device)
+    weights = weights_of(found, config.model, row_biases=config.checkpoint.row_biases)
+    load_into(model, weights, source=found.folder, dtype=DTYPES[config.precision.precision], device=device)
     return LoadedModel(model=model.requires_grad_(False).eval(), folder=found.folder, iteration=found.iteration)
 
 

@@ -67,7 +67,7 @@ def _resources(arguments: Arguments, environ: Mapping[str, str]) -> Resources:
 
 
 def _load(arguments: Arguments, resources: Resources) -> LoadedConfig:
-    return load(arguments.configs, overrides=arguments.overrides, world_size=resources.world_size, device=resources.device)
+    return load(arguments.configs, overrides=arguments.overrides, world_size=resources.world_size, device=resources.device, script=arguments.script)
 
 
 def _in_words(resources: Resources) -> str:

@@ -66,7 +66,7 @@ def _read(given: argparse.Namespace, parser: argparse.ArgumentParser, environ: M
 def _resolve(paths: Sequence[Path], overrides: Mapping[str, object], script: str, environ: Mapping[str, str]) -> Config:
     world_size = next((int(environ[name]) for name in _WORLD_SIZES if environ.get(name)), 1)
     device = device_kind(environ)
-    config = load(paths, overrides=overrides, world_size=world_size, device=device).config
+    config = load(paths, overrides=overrides, world_size=world_size, device=device, script=script).config
     found = obstacles(config, script=script, has_fp16=computes_in_fp16(device))
     if found:
         raise ValueError("\n".join(found))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from megatron.config.schema import ModelConfig
 from megatron.model.mlp import MLP
 from megatron.model.norms import make_norm
 from megatron.model.passes import LayerPass
 from megatron.model.self_attention import SelfAttention
+from megatron.parallel.random import dropout
+from megatron.parallel.regions import TensorParallel
 from sepllm.ops.layer_norm import Affine, two_layer_norms
 
 
@@ -20,24 +21,26 @@ class Block(nn.Module):
         gpt_j_residual and gpt_j_tied    x + attention(n1(x)) + mlp(n1(x))
         neither                          y = x + attention(n1(x)), then y + mlp(n2(y))
 
-    Dropout follows each branch, bias included.
+    Dropout follows each branch, bias included. Where tensor parallelism shards the layer, the branches of the parallel residual are parts
+    of sums: all shards drop the same elements of theirs, and the parts of both are summed at once.
     """
 
-    def __init__(self, config: ModelConfig, *, layer: int) -> None:
+    def __init__(self, config: ModelConfig, *, layer: int, parallel: TensorParallel = TensorParallel()) -> None:
         super().__init__()
+        self.parallel = parallel
         self.is_parallel = config.gpt_j_residual
         self.hidden_dropout = config.hidden_dropout
         self.input_layernorm = make_norm(config.norm, config.hidden_size, epsilon=config.norm_epsilon)
-        self.attention = SelfAttention(config, layer=layer)
+        self.attention = SelfAttention(config, layer=layer, parallel=parallel)
         has_one_norm = config.gpt_j_residual and config.gpt_j_tied
         self.post_attention_layernorm = None if has_one_norm else make_norm(config.norm, config.hidden_size, epsilon=config.norm_epsilon)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, parallel=parallel)
         self.fuses_norms = config.layernorm_fusion
 
     def forward(self, hidden_BTD: Tensor, shared: LayerPass) -> Tensor:
         if self.is_parallel:
             first, second = self._two_norms(hidden_BTD)
-            return hidden_BTD + (self._dropped(self.attention(first, shared)) + self._dropped(self.mlp(second)))
+            return hidden_BTD + self.parallel.left(self._dropped(self.attention(first, shared)) + self._dropped(self.mlp(second)))
         assert self.post_attention_layernorm is not None
         hidden_BTD = hidden_BTD + self._dropped(self.attention(self.input_layernorm(hidden_BTD), shared))
         return hidden_BTD + self._dropped(self.mlp(self.post_attention_layernorm(hidden_BTD)))
@@ -53,4 +56,5 @@ class Block(nn.Module):
         return two_layer_norms(hidden_BTD, Affine(first.weight, first.bias), Affine(second.weight, second.bias), epsilon=first.eps)
 
     def _dropped(self, branch: Tensor) -> Tensor:
-        return functional.dropout(branch, self.hidden_dropout, self.training)
+        is_sharded = self.parallel.is_sequence_cut and not self.is_parallel
+        return dropout(branch, self.hidden_dropout, is_training=self.training, parallel=self.parallel, is_sharded=is_sharded)

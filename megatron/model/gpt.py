@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol, cast
 
 import torch
@@ -20,6 +21,11 @@ from megatron.model.init import initialise
 from megatron.model.norms import make_norm
 from megatron.model.passes import LayerPass, layer_passes
 from megatron.model.recompute import Recompute
+from megatron.parallel.linear import ColumnLinear, column_product
+from megatron.parallel.mesh import Axis
+from megatron.parallel.parameters import prepare_parameters
+from megatron.parallel.regions import TensorParallel
+from megatron.parallel.vocab import whole_statistics
 from sepllm.layout import TokenLayout
 from sepllm.ops.cross_entropy import cross_entropy as fused_cross_entropy
 from sepllm.positions import Positions
@@ -44,19 +50,22 @@ class LabelledBatch(Protocol):
     def layout(self) -> TokenLayout: ...
 
 
-def build_model(config: Config, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> GPTModel:
+def build_model(config: Config, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None, shards: Axis = Axis()) -> GPTModel:
     """The model of this run with its initial weights, on ``device`` (default: torch's) in ``dtype`` (default: the run's precision).
 
+    ``shards``: those of every layer, of which this process has one; by default it has the whole model, however the run is parallel.
     On the meta device nothing is allocated or drawn. `ConfigError` where the model asks for something that is not built.
     """
     _refuse_unbuilt(config)
     device = torch.device(device) if device is not None else torch.get_default_device()
+    parallel = TensorParallel(axis=shards, is_sequence_cut=config.parallel.sequence_parallel)
     with torch.device("meta"):
-        model = GPTModel(config.model, core=config.attention.core, recompute=Recompute.of(config.training))
+        model = GPTModel(config.model, core=config.attention.core, recompute=Recompute.of(config.training), parallel=parallel)
     model.to(dtype or DTYPES[config.precision.precision])
     if device.type != "meta":
         model.to_empty(device=device)
-        initialise(model, config.model, seed=config.training.seed)
+        initialise(model, config.model, seed=config.training.seed, shards=shards)
+        prepare_parameters(model, config.model, parallel)
         if config.training.compile:
             model.compile_blocks()
     return model
@@ -78,27 +87,30 @@ def parameter_count(config: ModelConfig) -> int:
 
 
 class GPTModel(nn.Module):
-    """Token ids and their layout in, logits over the padded vocabulary out.
+    """Token ids and their layout in, logits over the padded vocabulary out: over this shard's part of it, where the layers are sharded.
 
     ``sequential`` holds the layers under GPT-NeoX's places, so that state dict keys are ``sequential.N.<name>``: 0 the embedding,
     2 to ``num_layers + 1`` the blocks, then at ``num_layers + 3`` the last norm and at ``num_layers + 4`` the output matrix,
     which is absent where the word embeddings serve.
     """
 
-    def __init__(self, config: ModelConfig, *, core: str = "auto", recompute: Recompute | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, *, core: str = "auto", recompute: Recompute | None = None, parallel: TensorParallel = TensorParallel()
+    ) -> None:
         """``core``: which attention core computes. ``recompute``: what is computed again for the backward pass; None keeps all activations."""
         super().__init__()
         self.config = config
         self.core = core
         self.recompute = recompute
+        self.parallel = parallel
         self.attention_cores: tuple[str, ...] = ()
         """Which core computed each layer of the last forward pass."""
-        layers: dict[int, nn.Module] = {EMBEDDING: Embedding(config)}
+        layers: dict[int, nn.Module] = {EMBEDDING: Embedding(config, parallel=parallel)}
         for layer in range(config.num_layers):
-            layers[FIRST_BLOCK + layer] = Block(config, layer=layer)
+            layers[FIRST_BLOCK + layer] = Block(config, layer=layer, parallel=parallel)
         layers[config.num_layers + 3] = FinalNorm(config)
         if config.no_weight_tying:
-            layers[config.num_layers + 4] = Output(config)
+            layers[config.num_layers + 4] = Output(config, parallel=parallel)
         self.sequential = nn.ModuleDict({str(place): module for place, module in layers.items()})
 
     def forward(self, ids: Tensor, layout: TokenLayout, *, cache: KeyValueCache | None = None) -> Tensor:
@@ -112,18 +124,21 @@ class GPTModel(nn.Module):
         if embedding.position_embeddings is not None:
             positions.check_embedded(self.config.max_position_embeddings, offset=self.config.opt_pos_emb_offset)
         hidden_BTD = embedding(ids, positions.embedded)
-        passes = layer_passes(layout, positions, self.config, like=hidden_BTD, core=self.core, cache=cache, is_training=self.training)
+        passes = layer_passes(
+            layout, positions, self.config, like=hidden_BTD, core=self.core, cache=cache, is_training=self.training, parallel=self.parallel
+        )
         self.attention_cores = tuple(of_layer.core for of_layer in passes)
         hidden_BTD = self._blocks(hidden_BTD, passes)
         hidden_BTD = self.sequential[str(self.config.num_layers + 3)](hidden_BTD)
         if self.config.no_weight_tying:
             return self.sequential[str(self.config.num_layers + 4)](hidden_BTD)
-        return functional.linear(hidden_BTD, embedding.word_embeddings.weight)
+        return column_product(hidden_BTD, embedding.word_embeddings.weight, None, self.parallel)
 
     def loss(self, batch: LabelledBatch) -> Tensor:
         """Mean loss of the batch's unmasked tokens, a scalar."""
         logits = self(batch.ids, batch.layout)
-        return cross_entropy(logits, batch.labels, batch.loss_mask, in_fp32=not self.config.fp16_lm_cross_entropy)
+        in_fp32 = not self.config.fp16_lm_cross_entropy
+        return cross_entropy(logits, batch.labels, batch.loss_mask, in_fp32=in_fp32, shards=self.parallel.axis)
 
     def _blocks(self, hidden_BTD: Tensor, passes: Sequence[LayerPass]) -> Tensor:
         recompute = self.recompute
@@ -167,22 +182,26 @@ class FinalNorm(nn.Module):
 
 
 class Output(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, parallel: TensorParallel = TensorParallel()) -> None:
         super().__init__()
         assert config.padded_vocab_size is not None
-        self.final_linear = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+        self.final_linear = ColumnLinear(config.hidden_size, config.padded_vocab_size, bias=False, parallel=parallel)
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         return self.final_linear(hidden_BTD)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, loss_mask: Tensor, *, in_fp32: bool = True) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, loss_mask: Tensor, *, in_fp32: bool = True, shards: Axis = Axis()) -> Tensor:
     """``sum(loss * mask) / sum(mask)`` over the micro-batch, a scalar; 0 where the mask hides every token.
 
     ``logits [B, T, V]``, ``labels [B, T]`` int64, ``loss_mask [B, T]`` float. **The backward pass may write over the logits.**
-    ``in_fp32=False`` computes the losses in the logits' dtype; their mean is in fp32 either way.
+    ``in_fp32=False`` computes the losses in the logits' dtype; their mean is in fp32 either way. The logits may be this process's of the
+    ``shards`` of the vocabulary; the losses are then always in fp32.
     """
-    if in_fp32:
+    if shards.size > 1:
+        reduce = partial(whole_statistics, axis=shards)
+        losses = fused_cross_entropy(logits.flatten(0, 1), labels.flatten(), reduce=reduce, first_label=shards.rank * logits.shape[-1])
+    elif in_fp32:
         losses = fused_cross_entropy(logits.flatten(0, 1), labels.flatten())
     else:
         losses = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")

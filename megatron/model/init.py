@@ -11,6 +11,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from megatron.config.schema import ModelConfig
+from megatron.parallel.mesh import Axis
+from megatron.parallel.shards import split, whole_shape
 
 Draw = Callable[[Tensor, ModelConfig, Generator], Tensor]
 
@@ -41,10 +43,11 @@ RESIDUAL_OUTPUTS = ("attention.dense.weight", "mlp.linear2.weight")
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, config: ModelConfig, *, seed: int) -> None:
-    """Give every parameter of ``model`` its initial value, cast to the parameter's dtype."""
+def initialise(model: nn.Module, config: ModelConfig, *, seed: int, shards: Axis = Axis()) -> None:
+    """Give every parameter of ``model`` its initial value, cast to the parameter's dtype: its piece, where ``shards`` have one each."""
     for name, parameter in model.named_parameters():
-        parameter.copy_(initial_value(name, parameter.shape, config, seed=seed))
+        value = initial_value(name, whole_shape(name, parameter, config, ranks=shards.size), config, seed=seed)
+        parameter.copy_(split(name, value, config, ranks=shards.size)[shards.rank])
 
 
 def initial_value(name: str, shape: Sequence[int], config: ModelConfig, *, seed: int) -> Tensor:

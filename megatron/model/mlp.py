@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megatron.config.schema import ModelConfig
+from megatron.parallel.linear import ColumnLinear, RowLinear
+from megatron.parallel.regions import TensorParallel
 from sepllm.ops.gelu import bias_gelu
 
 
@@ -49,14 +51,18 @@ def linear1_rows(config: ModelConfig) -> int:
 
 
 class MLP(nn.Module):
-    """``linear2(activation(linear1(x)))``. A gated linear1 holds ``[up ; gate]`` and yields ``up * activation(gate)``."""
+    """``linear2(activation(linear1(x)))``. A gated linear1 holds ``[up ; gate]`` and yields ``up * activation(gate)``.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Under the parallel residual the result is this shard's part, which the block sums with that of attention.
+    """
+
+    def __init__(self, config: ModelConfig, *, parallel: TensorParallel = TensorParallel()) -> None:
         super().__init__()
         self.is_gated = config.activation in GATED
         self.activation = GATED[config.activation] if self.is_gated else PLAIN[config.activation]
-        self.linear1 = nn.Linear(config.hidden_size, linear1_rows(config), bias=config.use_bias_in_mlp)
-        self.linear2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.use_bias_in_mlp)
+        has_bias = config.use_bias_in_mlp
+        self.linear1 = ColumnLinear(config.hidden_size, linear1_rows(config), bias=has_bias, parallel=parallel)
+        self.linear2 = RowLinear(config.intermediate_size, config.hidden_size, bias=has_bias, parallel=parallel, is_part=config.gpt_j_residual)
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         wide = self.linear1(hidden_BTD)

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from megatron.parallel.regions import TensorParallel
+
 NormKind = Literal["layernorm", "rmsnorm", "scalenorm", "non_parametric_layernorm"]
 
 
@@ -18,6 +20,14 @@ def make_norm(kind: NormKind, shape: int | Sequence[int], *, epsilon: float) -> 
     if kind == "non_parametric_layernorm":
         return nn.LayerNorm(_axes(shape), eps=epsilon, elementwise_affine=False)
     return RMSNorm(shape, epsilon=epsilon) if kind == "rmsnorm" else ScaleNorm(shape, epsilon=epsilon)
+
+
+def make_sharded_norm(kind: NormKind, shape: Sequence[int], *, epsilon: float, parallel: TensorParallel) -> nn.Module:
+    """The same norm of an input of whose axes ``shape`` each shard holds a piece of the first. The statistics are those of the whole."""
+    local = (parallel.local(shape[0]), *shape[1:])
+    if kind in ("layernorm", "non_parametric_layernorm"):
+        return ShardedLayerNorm(local, epsilon=epsilon, is_affine=kind == "layernorm", parallel=parallel)
+    return (ShardedRMSNorm if kind == "rmsnorm" else ShardedScaleNorm)(local, epsilon=epsilon, parallel=parallel)
 
 
 class RMSNorm(nn.Module):
@@ -34,9 +44,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        axes = tuple(range(-self.scale.ndim, 0))
-        normed = wide * torch.rsqrt(wide.square().mean(axes, keepdim=True) + self.epsilon)
+        normed = wide * torch.rsqrt(self._mean_square(wide) + self.epsilon)
         return self.scale * normed.to(x.dtype)
+
+    def _mean_square(self, wide: Tensor) -> Tensor:
+        return wide.square().mean(tuple(range(-self.scale.ndim, 0)), keepdim=True)
 
 
 class ScaleNorm(nn.Module):
@@ -50,8 +62,45 @@ class ScaleNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        length = torch.linalg.vector_norm(wide, dim=self.axes, keepdim=True).clamp(min=self.epsilon)
-        return self.g * (wide / length).to(x.dtype)
+        return self.g * (wide / self._length(wide).clamp(min=self.epsilon)).to(x.dtype)
+
+    def _length(self, wide: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(wide, dim=self.axes, keepdim=True)
+
+
+class ShardedLayerNorm(nn.LayerNorm):
+    def __init__(self, shape: Sequence[int], *, epsilon: float, is_affine: bool, parallel: TensorParallel) -> None:
+        super().__init__(list(shape), eps=epsilon, elementwise_affine=is_affine)
+        self.parallel = parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        centred = wide - self._mean(wide)
+        normed = centred * torch.rsqrt(self._mean(centred.square()) + self.eps)
+        return (normed if self.weight is None else normed * self.weight + self.bias).to(x.dtype)
+
+    def _mean(self, x: Tensor) -> Tensor:
+        return self.parallel.total(x.mean(tuple(range(-len(self.normalized_shape), 0)), keepdim=True)) / self.parallel.size
+
+
+class ShardedRMSNorm(RMSNorm):
+    def __init__(self, shape: Sequence[int], *, epsilon: float, parallel: TensorParallel) -> None:
+        super().__init__(shape, epsilon=epsilon)
+        self.parallel = parallel
+
+    def _mean_square(self, wide: Tensor) -> Tensor:
+        return self.parallel.total(super()._mean_square(wide)) / self.parallel.size
+
+
+class ShardedScaleNorm(ScaleNorm):
+    """Each shard's gradient of ``g`` is a part of a sum (`megatron.parallel.parameters`)."""
+
+    def __init__(self, shape: Sequence[int], *, epsilon: float, parallel: TensorParallel) -> None:
+        super().__init__(shape, epsilon=epsilon)
+        self.parallel = parallel
+
+    def _length(self, wide: Tensor) -> Tensor:
+        return self.parallel.total(wide.square().sum(self.axes, keepdim=True)).clamp(min=self.epsilon**2).sqrt()
 
 
 def _axes(shape: int | Sequence[int]) -> list[int]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron.config.schema import ModelConfig
 from megatron.model.cache import KeyValueCache
+from megatron.parallel.regions import TensorParallel
 from sepllm.attention import PositionBias, prepare, spec_of
 from sepllm.layout import KeyRanges, TokenLayout
 from sepllm.pattern import Softmax
@@ -40,6 +41,7 @@ def layer_passes(
     is_training: bool,
     layers: range | None = None,
     cache: KeyValueCache | None = None,
+    parallel: TensorParallel = TensorParallel(),
 ) -> list[LayerPass]:
     """One for each of ``layers`` (default: all of them), every core prepared, so that nothing is worked out inside a layer.
 
@@ -55,7 +57,7 @@ def layer_passes(
             angle_dtype=torch.float16 if config.rotary_angles == "fp16" else torch.float32,
         )
     if config.pos_emb == "alibi":
-        slopes = alibi_slopes(config.num_attention_heads).to(like.device)
+        slopes = parallel.own(alibi_slopes(config.num_attention_heads), dim=0).to(like.device)
         bias = PositionBias(slopes=slopes, query_positions=positions.queries, key_positions=positions.keys)
     softmax = layout.pattern.softmax
     dropout = config.attention_dropout if is_training else 0.0

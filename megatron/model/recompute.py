@@ -2,7 +2,8 @@
 
 full        one activation every few layers is kept                     memory of a group of layers, a third more computing
 selective   products with matrices and attention keep their results,    memory of a layer about halved, a few per cent more computing
-            norms and activations of a layer are computed again
+            as do sums over shards; norms and activations of a layer
+            are computed again
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from megatron.config.schema import TrainingConfig
 Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 
 MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+COLLECTIVES = ("all_reduce", "reduce_scatter_tensor")
+"""Sums over the shards of a layer, which would be sent once more."""
 ATTENTION = ("scaled_dot_product", "sep_attention", "flex_attention", "chunked", "rotate_packed")
 """Beginnings of names. The rotation is kept with the projection that it overwrites."""
 
@@ -48,5 +51,5 @@ def _selective() -> tuple[AbstractContextManager[Any], AbstractContextManager[An
 
 def _policy(_context: object, operator: Any, *_args: object, **_kwargs: object) -> CheckpointPolicy:
     name = operator.name().split("::")[-1].removeprefix("_").split(".")[0] if isinstance(operator, torch._ops.OpOverload) else str(operator)
-    is_kept = name in MATRIX_PRODUCTS or name.startswith(ATTENTION)
+    is_kept = name in MATRIX_PRODUCTS or name in COLLECTIVES or name.startswith(ATTENTION)
     return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor, nn
 
 from megatron.config.schema import ModelConfig
-from megatron.model.norms import make_norm
+from megatron.model.norms import make_norm, make_sharded_norm
 from megatron.model.passes import LayerPass, rotary_dims
+from megatron.parallel.linear import ColumnLinear, RowLinear
+from megatron.parallel.random import sharded_random
+from megatron.parallel.regions import TensorParallel
 from sepllm.attention import attend
 from sepllm.ops.choice import Impl
 from sepllm.ops.rotary import Heads, rotate_packed, split_packed
@@ -23,22 +28,24 @@ class SelfAttention(nn.Module):
         as many k/v heads as heads    head 0: q k v | head 1: q k v | ...     H rows each
         grouped heads                 q of all heads | k of all k/v heads | v of all k/v heads
 
-    The second is GPT-NeoX's order since #1315; before that, and in the SepLLM fork, a group was ``q .. q k v``.
+    The second is GPT-NeoX's order since #1315; before that, and in the SepLLM fork, a group was ``q .. q k v``. Each shard has its share of
+    the heads, in that order. Under the parallel residual the result is this shard's part, which the block sums with that of the MLP.
     """
 
-    def __init__(self, config: ModelConfig, *, layer: int) -> None:
+    def __init__(self, config: ModelConfig, *, layer: int, parallel: TensorParallel = TensorParallel()) -> None:
         super().__init__()
         self.layer = layer
-        self.num_heads = config.num_attention_heads
-        self.num_kv_heads = config.num_kv_heads
+        self.parallel = parallel
+        self.num_heads = parallel.local(config.num_attention_heads)
+        self.num_kv_heads = parallel.local(config.num_kv_heads)
         self.head_size = config.hidden_size // config.num_attention_heads
         self.attention_dropout = config.attention_dropout
         self.rotary_impl: Impl = "auto" if config.rope_fusion else "reference"
         self.score_divisor = max(1, layer) if config.apply_query_key_layer_scaling else 1
-        rows = (self.num_heads + 2 * self.num_kv_heads) * self.head_size
-        self.query_key_value = nn.Linear(config.hidden_size, rows, bias=config.use_bias_in_attn_linear)
-        self.qk_layernorm = _make_qk_layernorm(config) if config.use_qk_layernorm else None
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.use_bias_in_attn_linear)
+        rows, has_bias = (config.num_attention_heads + 2 * config.num_kv_heads) * self.head_size, config.use_bias_in_attn_linear
+        self.query_key_value = ColumnLinear(config.hidden_size, rows, bias=has_bias, parallel=parallel)
+        self.qk_layernorm = _make_qk_layernorm(config, parallel) if config.use_qk_layernorm else None
+        self.dense = RowLinear(config.hidden_size, config.hidden_size, bias=has_bias, parallel=parallel, is_part=config.gpt_j_residual)
         if config.pos_emb == "rotary" and config.rotary_save_freqs_buffer:
             self.rotary_emb = SavedFrequencies(config)
 
@@ -48,7 +55,13 @@ class SelfAttention(nn.Module):
             k_BSKH, v_BSKH = shared.cache.append(self.layer, k_BTKH, v_BTKH)
         else:
             k_BSKH, v_BSKH = k_BTKH, v_BTKH
-        return self.dense(self._attend(q_BTNH, k_BSKH, v_BSKH, shared).flatten(2))
+        with self._own_random(q_BTNH.device):
+            mixed_BTNH = self._attend(q_BTNH, k_BSKH, v_BSKH, shared)
+        return self.dense(mixed_BTNH.flatten(2))
+
+    def _own_random(self, device: torch.device) -> AbstractContextManager[None]:
+        """Of these heads' dropout."""
+        return sharded_random(self.parallel, device) if self.training and self.attention_dropout else nullcontext()
 
     def _attend(self, q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, shared: LayerPass) -> Tensor:
         """Query-key layer scaling divides the product of q and k by the layer's number, so that it fits fp16, and undoes it after."""
@@ -94,11 +107,14 @@ class SavedFrequencies(nn.Module):
         pass
 
 
-def _make_qk_layernorm(config: ModelConfig) -> nn.Module:
+def _make_qk_layernorm(config: ModelConfig, parallel: TensorParallel) -> nn.Module:
     """One norm for queries and keys, over all heads at once, as in GPT-NeoX."""
     if config.num_kv_heads != config.num_attention_heads:
         raise ValueError(
             f"use_qk_layernorm is one norm over all heads of q and of k, but there are {config.num_attention_heads} heads and num_kv_heads is "
             f"{config.num_kv_heads}: leave num_kv_heads out, or use_qk_layernorm off."
         )
-    return make_norm(config.norm, (config.num_attention_heads, config.hidden_size // config.num_attention_heads), epsilon=config.norm_epsilon)
+    shape = (config.num_attention_heads, config.hidden_size // config.num_attention_heads)
+    if parallel.size == 1:
+        return make_norm(config.norm, shape, epsilon=config.norm_epsilon)
+    return make_sharded_norm(config.norm, shape, epsilon=config.norm_epsilon, parallel=parallel)

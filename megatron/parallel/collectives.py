@@ -8,7 +8,7 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
-from megatron.parallel.mesh import Mesh
+from megatron.parallel.mesh import Axis, Mesh
 
 T = TypeVar("T")
 
@@ -20,6 +20,15 @@ def mean_over_data_parallel(value: Tensor, mesh: Mesh) -> Tensor:
     total = value.clone()
     distributed.all_reduce(total)  # shards and stages of one replica hold the same value, so the world's mean is the replicas'
     return total / mesh.world_size
+
+
+def sum_along(value: Tensor, axis: Axis) -> Tensor:
+    """The sum of every process's ``value`` along a direction of the mesh, on each of them."""
+    if axis.size == 1:
+        return value
+    total = value.clone()
+    distributed.all_reduce(total, group=axis.group)
+    return total
 
 
 def is_true_anywhere(flag: bool, mesh: Mesh) -> bool:

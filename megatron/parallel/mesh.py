@@ -76,6 +76,12 @@ class Mesh:
         return cls(world_size=world_size, rank=rank, local_rank=local_rank, device=device, **_axes(config, rank=rank))
 
 
+def end_communication() -> None:
+    """Leaves the other processes, as the last thing that this one does: torch's threads for them should not outlive the interpreter."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 DIRECTIONS = ("pipe", "data", "context", "tensor")
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,11 +25,13 @@ from megatron.config.schema import CheckpointConfig, Config, ModelConfig, Schedu
 from megatron.model.gpt import GPTModel
 from megatron.parallel.collectives import barrier, gather_objects
 from megatron.parallel.mesh import Mesh
+from megatron.parallel.shards import RowBiases, split
 from megatron.training.cadence import iterations_to_delete
 from megatron.training.manifest import MANIFEST, SAVING, Found, Manifest, SavedSchedule, Shape, finished_iterations
 from megatron.training.progress import Progress
 from megatron.training.random_state import RandomState, random_state, set_random_state
 from megatron.training.validation import LOGITS, validation_logits
+from megatron.training.vocabulary import repadded
 from megatron.training.weights import OVERRIDES, load_into, read_weights
 
 if TYPE_CHECKING:
@@ -101,16 +104,27 @@ def save_checkpoint(
     return folder
 
 
-def load_weights(model: GPTModel, found: Found) -> None:
-    """The checkpoint's weights, of any layout, into a model that no engine has taken over yet."""
-    load_into(model, weights_of(found, model.config), source=found.folder)
+def load_weights(model: GPTModel, found: Found, mesh: Mesh, *, row_biases: RowBiases = "summed") -> None:
+    """The checkpoint's weights, of any layout, into a model that no engine has taken over yet: this process's shard of them."""
+    shards = mesh.tensor
+    whole = _with_own_padding(weights_of(found, model.config, row_biases=row_biases), found, model.config)
+    own = {name: split(name, value, model.config, ranks=shards.size)[shards.rank] for name, value in whole.items()}
+    load_into(model, own, source=found.folder)
 
 
-def weights_of(found: Found, model: ModelConfig) -> dict[str, Tensor]:
+def _with_own_padding(state: Mapping[str, Tensor], found: Found, model: ModelConfig) -> Mapping[str, Tensor]:
+    """The weights with the rows of this run's vocabulary, where it is known to be that of the checkpoint, padded for another layout."""
+    size, rows = model.vocab_size, model.padded_vocab_size
+    is_same = found.manifest is None or found.manifest.shape.vocab_size == size
+    return state if size is None or rows is None or not is_same else repadded(state, vocab_size=size, rows=rows)
+
+
+def weights_of(found: Found, model: ModelConfig, *, row_biases: RowBiases = "summed") -> dict[str, Tensor]:
     """The weights of a finished checkpoint by name. What ZeRO 3 scattered is gathered by DeepSpeed, which unpickles freely, as it does
-    whenever it resumes a run."""
+    whenever it resumes a run. ``row_biases``: of another program's; this one's are always summed."""
     is_scattered = found.manifest is not None and found.manifest.zero_stage == 3
-    return read_weights(found.folder, model=model, trust=is_scattered).state
+    row_biases = row_biases if found.manifest is None else "summed"
+    return read_weights(found.folder, model=model, trust=is_scattered, row_biases=row_biases).state
 
 
 def load_training_state(engine: DeepSpeedEngine, found: Found) -> None:

@@ -12,6 +12,7 @@ from megatron.config.schema import Config
 from megatron.model.gpt import GPTModel
 from megatron.optim.build import build_optimizer, parameter_groups
 from megatron.parallel.mesh import Mesh
+from megatron.parallel.mpu import ModelParallelUnit
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -24,7 +25,8 @@ def build_engine(model: GPTModel, config: Config, mesh: Mesh) -> DeepSpeedEngine
     scale = config.model.mup_width_scale if config.model.use_mup else 1.0
     groups = parameter_groups(model, config.optimizer.weight_decay, mup_width_scale=scale)
     optimizer = build_optimizer(groups, config.optimizer, mesh.device)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config), dist_init_required=False)
+    mpu = ModelParallelUnit(mesh) if mesh.model.size > 1 else None
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config), mpu=mpu, dist_init_required=False)
     _forget_steps(optimizer)
     return engine
 

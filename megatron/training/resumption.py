@@ -32,7 +32,7 @@ def resumption(found: Found | None, config: Config, *, data_parallel_size: int) 
     if found.manifest is None:
         return _foreign_resumption(found, config, takes_optimizer=takes_optimizer)
     manifest = found.manifest
-    _check_shape(manifest.shape, Shape.of(config), found, is_finetune=checkpoint.finetune)
+    _check_shape(manifest.shape, Shape.of(config), found, is_finetune=checkpoint.finetune, takes_optimizer=takes_optimizer)
     if checkpoint.finetune:
         return Resumption(schedule=config.schedule)
     schedule, progress = config.schedule, manifest.progress
@@ -50,9 +50,11 @@ def resumption(found: Found | None, config: Config, *, data_parallel_size: int) 
     )
 
 
-def _check_shape(saved: Shape, here: Shape, found: Found, *, is_finetune: bool) -> None:
-    """A finetuning run may have another tokenizer class and longer positions; strict loading of the weights judges the latter."""
+def _check_shape(saved: Shape, here: Shape, found: Found, *, is_finetune: bool, takes_optimizer: bool) -> None:
+    """A finetuning run may have another tokenizer class and longer positions; strict loading of the weights judges the latter. Weights
+    without their optimizer may be cut otherwise, and the vocabulary padded accordingly."""
     ignored = {"tokenizer_type", "max_position_embeddings", "make_vocab_size_divisible_by", "vocab_size"} if is_finetune else set()
+    ignored |= set() if takes_optimizer else {"model_parallel_size", "padded_vocab_size"}
     differing = [name for name in Shape.model_fields if name not in ignored and getattr(saved, name) != getattr(here, name)]
     if differing:
         sentences = [f"{name} is {getattr(saved, name)} in the checkpoint and {getattr(here, name)} in the configuration" for name in differing]

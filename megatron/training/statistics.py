@@ -8,11 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from megatron.config.schema import LoggingConfig
+from megatron.parallel.collectives import sum_along
+from megatron.parallel.mesh import Mesh
+from megatron.parallel.parameters import is_piece
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
+ZEROS = "pct_grad_zeros"
 TIMERS = {
     "fwd": "forward",
     "bwd": "backward",
@@ -32,21 +36,41 @@ def timer_metrics(engine: DeepSpeedEngine, *, waited_s: float) -> dict[str, floa
     return metrics | {"timers/batch generator": waited_s}
 
 
-def parameter_statistics(engine: DeepSpeedEngine, config: LoggingConfig) -> dict[str, float]:
-    """The norms that the configuration asks for, under GPT-NeoX's names. All processes call this together, before the update."""
+def parameter_statistics(engine: DeepSpeedEngine, config: LoggingConfig, mesh: Mesh) -> dict[str, float]:
+    """The norms that the configuration asks for, under GPT-NeoX's names, of whole parameters. All processes call this together, before
+    the update."""
     metrics: dict[str, float] = {}
+    of_pieces: dict[str, float] = {}
     for name, parameter in engine.module.named_parameters():
-        if config.log_param_norm:
-            metrics[f"parameter_norms/{name}"] = float(_whole(engine, parameter).float().norm())
-        if config.log_grad_norm or config.log_grad_pct_zeros:
-            gradient = _gradient(engine, parameter)
-            if gradient is not None and config.log_grad_norm:
-                metrics[f"gradient_norms/{name}"] = float(gradient.float().norm())
-            if gradient is not None and config.log_grad_pct_zeros:
-                metrics[f"pct_grad_zeros/{name}"] = float((gradient == 0).float().mean()) * 100
+        (of_pieces if is_piece(parameter) else metrics).update(_statistics_of(engine, name, parameter, config))
+    metrics |= _of_whole_parameters(of_pieces, mesh)
     if config.log_optimizer_states:
         metrics |= _optimizer_state_norms(engine)
     return metrics
+
+
+def _statistics_of(engine: DeepSpeedEngine, name: str, parameter: nn.Parameter, config: LoggingConfig) -> dict[str, float]:
+    """Of a parameter as far as this shard holds it."""
+    metrics: dict[str, float] = {}
+    if config.log_param_norm:
+        metrics[f"parameter_norms/{name}"] = float(_whole(engine, parameter).float().norm())
+    if config.log_grad_norm or config.log_grad_pct_zeros:
+        gradient = _gradient(engine, parameter)
+        if gradient is not None and config.log_grad_norm:
+            metrics[f"gradient_norms/{name}"] = float(gradient.float().norm())
+        if gradient is not None and config.log_grad_pct_zeros:
+            metrics[f"{ZEROS}/{name}"] = float((gradient == 0).float().mean()) * 100
+    return metrics
+
+
+def _of_whole_parameters(of_pieces: dict[str, float], mesh: Mesh) -> dict[str, float]:
+    """Norms and percentages of parameters, from those of the equal pieces that each shard holds."""
+    if mesh.tensor.size == 1 or not of_pieces:
+        return of_pieces
+    is_norm = torch.tensor([not name.startswith(ZEROS) for name in of_pieces], device=mesh.device)
+    own = torch.tensor(list(of_pieces.values()), dtype=torch.float64, device=mesh.device)
+    total = sum_along(torch.where(is_norm, own.square(), own / mesh.tensor.size), mesh.tensor)
+    return dict(zip(of_pieces, torch.where(is_norm, total.sqrt(), total).tolist(), strict=True))
 
 
 def _whole(engine: DeepSpeedEngine, parameter: nn.Parameter) -> Tensor:

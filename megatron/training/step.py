@@ -14,6 +14,7 @@ from megatron.model.gpt import cross_entropy
 from megatron.optim.build import set_learning_rate
 from megatron.parallel.collectives import mean_over_data_parallel
 from megatron.parallel.mesh import Mesh
+from megatron.parallel.parameters import norm_over_shards
 from megatron.training.ratios import Ratios
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def train_step(
         losses.append(loss.detach())
         ratios += Ratios.of(batch.layout)
         if engine.is_gradient_accumulation_boundary():
-            norm, scale = own_gradient_norm(engine), loss_scale(engine)
+            norm, scale = own_gradient_norm(engine, mesh), loss_scale(engine)
             if before_update is not None:
                 before_update(engine)
         engine.step()
@@ -79,7 +80,8 @@ def train_step(
 def batch_loss(engine: DeepSpeedEngine, batch: Batch) -> Tensor:
     """Mean loss of the micro-batch's unmasked tokens, a scalar."""
     logits = engine(batch.ids, batch.layout)
-    return cross_entropy(logits, batch.labels, batch.loss_mask, in_fp32=not engine.module.config.fp16_lm_cross_entropy)
+    in_fp32 = not engine.module.config.fp16_lm_cross_entropy
+    return cross_entropy(logits, batch.labels, batch.loss_mask, in_fp32=in_fp32, shards=engine.module.parallel.axis)
 
 
 def loss_scale(engine: DeepSpeedEngine) -> float | None:
@@ -87,12 +89,12 @@ def loss_scale(engine: DeepSpeedEngine) -> float | None:
     return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
 
 
-def own_gradient_norm(engine: DeepSpeedEngine) -> float | None:
+def own_gradient_norm(engine: DeepSpeedEngine, mesh: Mesh) -> float | None:
     """Norm of the reduced gradients where the engine runs a bare torch optimizer (fp32 without ZeRO) and keeps no norm; else None."""
     if engine.zero_optimization() or engine.fp16_enabled() or engine.bfloat16_enabled():
         return None
-    gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
-    return float(torch.nn.utils.get_total_norm(gradients))
+    gradients = [(parameter, parameter.grad) for parameter in engine.module.parameters() if parameter.grad is not None]
+    return float(norm_over_shards(gradients, mesh.tensor))
 
 
 def engine_gradient_norm(engine: DeepSpeedEngine, *, scale: float | None) -> float | None:

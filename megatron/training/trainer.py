@@ -69,7 +69,7 @@ def prepare(config: Config, mesh: Mesh) -> Run:
     check_vocabulary(tokenizer, config)
     data = RunData.open(config, mesh, tokenizer)
     engine = _engine(config, mesh, found, resumed)
-    seed_replica(config.training.seed, replica=mesh.data.rank)
+    seed_replica(config.training.seed, replica=mesh.data.rank)  # shards of one replica draw alike
     has_random_state = found is not None and resumed.takes_random_state and restore_random_state(found, mesh)
     progress = resumed.progress
     bar = data.train_iters if config.logging.progress_bar else None
@@ -102,9 +102,9 @@ def check_vocabulary(tokenizer: Tokenizer, config: Config) -> None:
 
 def _engine(config: Config, mesh: Mesh, found: Found | None, resumed: Resumption) -> DeepSpeedEngine:
     """The engine with its weights: new, or those of the checkpoint, with or without what belongs to the optimizer."""
-    model = build_model(config, device=mesh.device)
+    model = build_model(config, device=mesh.device, shards=mesh.tensor)
     if found is not None and not resumed.takes_optimizer:
-        load_weights(model, found)
+        load_weights(model, found, mesh, row_biases=config.checkpoint.row_biases)
     engine = build_engine(model, config, mesh)
     if found is not None and resumed.takes_optimizer:
         load_training_state(engine, found)
@@ -181,7 +181,7 @@ class Run:
         wants_norms = self._wants_statistics(before.iteration + 1)
 
         def note_norms(engine: DeepSpeedEngine) -> None:
-            extra.update(parameter_statistics(engine, self.config.logging))
+            extra.update(parameter_statistics(engine, self.config.logging, self.mesh))
 
         report = train_step(self.engine, batches, self.mesh, lr=lr, before_update=note_norms if wants_norms else None)
         progress = before.after_step(samples=self.config.batch.train_batch_size, is_skipped=report.is_skipped)

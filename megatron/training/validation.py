@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron.config.schema import Config
 from megatron.parallel.mesh import Mesh
+from megatron.parallel.vocab import whole_vocabulary
 from megatron.training.random_state import undisturbed
 from sepllm.layout import TokenLayout
 
@@ -21,12 +22,13 @@ LOGITS = "validation_logits.pt"
 
 @torch.no_grad()
 def validation_logits(engine: DeepSpeedEngine, config: Config, mesh: Mesh) -> Tensor:
-    """Logits after each token of the text 0, 1, 2, ... ``[S, V]`` float32 on the CPU. All processes call this together."""
+    """Logits of the whole vocabulary after each token of the text 0, 1, 2, ... ``[S, V]`` float32 on the CPU. All processes call this
+    together."""
     ids = (torch.arange(config.model.seq_length) % (config.model.vocab_size or 1))[None]
     layout = TokenLayout.from_ids(ids, config.attention.prefill)
     engine.eval()
     with undisturbed(mesh.device):
-        logits = engine(ids.to(mesh.device), layout.to(mesh.device))
+        logits = whole_vocabulary(engine(ids.to(mesh.device), layout.to(mesh.device)), mesh.tensor)
     engine.train()
     return logits[0].float().cpu()
 

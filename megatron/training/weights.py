@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.config.schema import ModelConfig
-from megatron.training.shards import joined, parts_of_groups
+from megatron.parallel.shards import RowBiases, joined, parts_of_groups
 
 LEGACY_NAMES = {"mlp.dense_h_to_4h.": "mlp.linear1.", "mlp.dense_4h_to_h.": "mlp.linear2."}
 """Names until September 2024: Pythia's, and those of SepLLM's fork."""
@@ -39,11 +39,19 @@ class Weights:
     """The configuration saved with them, as the user gave it."""
 
 
-def read_weights(directory: str | Path, *, model: ModelConfig | None = None, trust: bool = False, groups_qkv: bool = False) -> Weights:
+def read_weights(
+    directory: str | Path,
+    *,
+    model: ModelConfig | None = None,
+    trust: bool = False,
+    groups_qkv: bool = False,
+    row_biases: RowBiases = "summed",
+) -> Weights:
     """All weights of a checkpoint: a ``global_stepN`` folder, or the folder above it, whose ``latest`` names one.
 
     ``model`` is needed where the weights are in tensor-parallel pieces, whose joints it explains. ``trust`` allows pickles to run code.
-    ``groups_qkv``: grouped heads are in the order from before GPT-NeoX's #1315 (`parts_of_groups`); needs ``model``.
+    ``groups_qkv``: grouped heads are in the order from before GPT-NeoX's #1315 (`parts_of_groups`); needs ``model``. ``row_biases``: see
+    `joined`.
     """
     step = step_directory(directory)
     state: dict[str, Tensor] = {}
@@ -51,16 +59,16 @@ def read_weights(directory: str | Path, *, model: ModelConfig | None = None, tru
         if len(shards) > 1 and model is None:
             raise ValueError(f"{step} is in {len(shards)} tensor-parallel pieces: give the model's configuration to join them.")
         for name in _common_names(shards, step):
-            state[name] = _whole(name, [shard[name] for shard in shards], model, groups_qkv=groups_qkv)
+            state[name] = _whole(name, [shard[name] for shard in shards], model, groups_qkv=groups_qkv, row_biases=row_biases)
     return Weights(state=state, config_files=saved_config_files(step))
 
 
-def _whole(name: str, shards: list[Tensor], model: ModelConfig | None, *, groups_qkv: bool) -> Tensor:
+def _whole(name: str, shards: list[Tensor], model: ModelConfig | None, *, groups_qkv: bool, row_biases: RowBiases) -> Tensor:
     if model is None:
         return shards[0]
     if groups_qkv and ".attention.query_key_value." in name and model.num_kv_heads != model.num_attention_heads:
         return parts_of_groups(torch.cat(shards, 0), model)
-    return joined(name, shards, model)
+    return joined(name, shards, model, row_biases=row_biases)
 
 
 def load_into(

@@ -31,6 +31,7 @@ from megatron.config.vocabulary import padded_vocab_size
 from megatron.model.gpt import build_model
 from megatron.training.checkpoint import write_atomically
 from megatron.training.manifest import SAVING
+from megatron.training.vocabulary import with_rows, without_rows
 from megatron.training.weights import load_into, read_weights
 from tools.ckpts.hf_folder import copy_small_files, dtype_of, read_config, read_state
 from tools.ckpts.mapping import hf_to_neox, neox_to_hf
@@ -38,7 +39,6 @@ from tools.ckpts.neox_files import ParallelSizes, write_weights
 from tools.ckpts.neox_keys import NeoxKeys, neox_keys
 from tools.ckpts.saved_config import HF_FOLDER, run_config
 from tools.ckpts.verification import EMBEDDINGS, Differences, compare
-from tools.ckpts.vocabulary import with_rows, without_rows
 
 PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bfloat16"}
 

@@ -21,6 +21,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedToken
 
 from megatron.config.schema import Config
 from megatron.data.tokenizer import END_OF_TEXT
+from megatron.parallel.shards import RowBiases
+from megatron.training.vocabulary import without_rows
 from megatron.training.weights import read_weights
 from sepllm.hf.bundle import write_bundle
 from tools.ckpts.hf_config import ARCHITECTURES, SpecialTokens, fitting_architecture, hf_config
@@ -28,7 +30,6 @@ from tools.ckpts.hf_tokenizer import hf_tokenizer
 from tools.ckpts.mapping import neox_to_hf
 from tools.ckpts.saved_config import origin, origin_folder, run_config
 from tools.ckpts.verification import EMBEDDINGS, Differences, compare
-from tools.ckpts.vocabulary import without_rows
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
 
@@ -62,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             verify=not options.no_verify,
             trust=options.trust_input,
             groups_qkv=options.legacy_gqa,
+            row_biases=options.row_biases,
             like=options.like,
         )
     except ValueError as error:
@@ -95,17 +97,18 @@ def convert(
     verify: bool = True,
     trust: bool = False,
     groups_qkv: bool = False,
+    row_biases: RowBiases = "summed",
     like: Path | None = None,
 ) -> Converted:
     """Write the folder. ``config`` is that of the run; ``precision`` "auto" is the run's own, "keep" that of each tensor.
 
     ``architecture`` "auto": that of the folder the run began from, which ``like`` names or the checkpoint keeps; else sepllm_gpt_neox; else
-    the first that can be this model. ``groups_qkv``: see `read_weights`.
+    the first that can be this model. ``groups_qkv`` and ``row_biases``: see `read_weights`.
     """
     began = origin(input_dir, like=like)
     if architecture == "auto":
         architecture = fitting_architecture(config, began)
-    state = read_weights(input_dir, model=config.model, trust=trust, groups_qkv=groups_qkv).state
+    state = read_weights(input_dir, model=config.model, trust=trust, groups_qkv=groups_qkv, row_biases=row_biases).state
     if EMBEDDINGS not in state:
         raise ValueError(f"{input_dir} has no {EMBEDDINGS}: the checkpoint lacks its first layer.")
     dtype = DTYPES[config.precision.precision if precision in ("auto", "keep") else precision]
@@ -178,6 +181,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--pad-token-id", type=int)
     parser.add_argument("--no_verify", action="store_true", help="do not compare the two models (it takes twice the memory of fp32 weights)")
     parser.add_argument("--legacy_gqa", action="store_true", help="grouped heads are stored as GPT-NeoX did before #1315: q .. q k v a group")
+    parser.add_argument(
+        "--row_biases",
+        choices=["summed", "copied"],
+        default="summed",
+        help="of tensor-parallel pieces under the parallel residual: addends, as in GPT-NeoX, or copies of the whole",
+    )
     parser.add_argument("--trust_input", action="store_true", help="allow the checkpoint's pickles to run code")
     return parser
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from megatron.config.schema import Config, ModelConfig
+from megatron.parallel.shards import split
 from megatron.training.manifest import Shape
-from megatron.training.shards import split
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,14 +26,8 @@ def run_config(directory: Path, *, config_files: Sequence[Path] | None = None) -
     config_files = config_files or saved_config_files(directory)
     if not config_files:
         raise ValueError(f"{directory} has no configs/ folder: name the run's YAML files with --config_file.")
-    one_device = {
-        "train_batch_size": 1,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "model_parallel_size": 1,
-        "pipe_parallel_size": 0,
-    }
-    return load_config(config_files, overrides=overrides | one_device, world_size=1)
+    batch = {"train_batch_size": 1, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    return load_config(config_files, overrides=overrides | batch, world_size=1, holds_whole_models=True)
 
 
 def origin(directory: Path, *, like: Path | None = None) -> PreTrainedConfig | None:

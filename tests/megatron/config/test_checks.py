@@ -66,6 +66,10 @@ def test_what_contradicts_is_named_with_a_remedy(keys: dict[str, object], words:
         ({"compile": True, "zero_optimization": {"stage": 3}}, "use stage 2, or set compile to false"),
         ({"compile": True, "checkpoint_activations": True, "recompute_granularity": "selective"}, "set recompute_granularity to full"),
         ({"model_parallel_size": 4}, "needs a multiple of 4 devices and there are 2"),
+        ({"model_parallel_size": 2, "seq-length": 31, "sequence_parallel": True}, "cuts seq_length (31) into 2 pieces, which do not divide it"),
+        ({"model_parallel_size": 2, "zero_optimization": {"stage": 3}}, "nothing reads what ZeRO 3 saves of sharded weights"),
+        ({"model_parallel_size": 2, "precision": "bfloat16"}, "clips by the norm of the first shard alone: set zero_optimization.stage to 1"),
+        ({"model_parallel_size": 2, "compile": True, "attention-dropout": 0.1}, "set compile to false, or attention_dropout"),
     ],
 )
 def test_parallel_layouts_that_do_not_work_are_refused(keys: dict[str, object], words: str, mistakes: Mistakes) -> None:
@@ -84,8 +88,6 @@ def test_global_and_flash_layers_are_the_same(config: object, resolve: Resolve) 
         ({"use_mup": True}, "use_mup"),
         ({"num_unique_layers": 2}, "num_unique_layers"),
         ({"pipe_parallel_size": 2, "zero_optimization": {"stage": 1}}, "pipe_parallel_size above 1"),
-        ({"model_parallel_size": 2}, "model_parallel_size above 1"),
-        ({"model_parallel_size": 2, "sequence_parallel": True}, "sequence_parallel"),
         ({"context_parallel_size": 2}, "context_parallel_size above 1"),
         ({"text_gen_type": "precompute"}, "text_gen_type precompute"),
     ],

@@ -54,7 +54,7 @@ SA_Numerator_Bias SA_Denominator_Bias Layer_num USE_FIXED_SEP_INTERVALs fixed_se
 """
 OURS = """
 core lr_schedule_version rotary_angles allow_fresh_start metrics_file wandb_mode progress_bar eval_num_fewshot eval_limit eval_batch_size
-eval_task_path reset_attention_mask reference_padding launcher_args SA_Extremes
+eval_task_path reset_attention_mask reference_padding launcher_args SA_Extremes row_biases
 """
 
 

@@ -243,3 +243,14 @@ def test_loading_imports_neither_torch_nor_deepspeed(tmp_path: Path) -> None:
     root = Path(__file__).parents[3]
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_whole_models_are_those_of_the_run_on_any_number_of_devices(tmp_path: Path) -> None:
+    """As in generate.py: the vocabulary is padded for two shards, and nothing else is left of them."""
+    keys = {"model_parallel_size": 2, "sequence_parallel": True, "make_vocab_size_divisible_by": 384, "tokenizer_type": "CharLevelTokenizer"}
+    paths = write(tmp_path, size=SIZE, method=METHOD, extra=json.dumps(keys))
+    for world_size in (1, 3):
+        whole = load_config(paths, world_size=world_size, overrides={"train_batch_size": 64}, holds_whole_models=True)
+        assert whole.model.padded_vocab_size == 768
+        assert (whole.parallel.model_parallel_size, whole.parallel.sequence_parallel) == (1, False)
+        assert (whole.runtime.world_size, whole.batch.data_parallel_size) == (world_size, world_size)

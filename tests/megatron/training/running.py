@@ -72,7 +72,7 @@ def tiny_config(prefix: str, save: Path, *, world_size: int = 1, precision: str 
 def weights_of(config: Config, iteration: int) -> dict[str, Tensor]:
     """The weights of a run's checkpoint."""
     assert config.checkpoint.save is not None
-    return read_weights(Path(config.checkpoint.save) / f"global_step{iteration}", trust=True).state
+    return read_weights(Path(config.checkpoint.save) / f"global_step{iteration}", model=config.model, trust=True).state
 
 
 def same_weights(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
@@ -136,13 +136,17 @@ def train_on(configs: Sequence[Config], *, ranks: int, folder: Path) -> str:
     paths = [folder / f"config{place}.json" for place in range(len(configs))]
     for path, config in zip(paths, configs, strict=True):
         path.write_text(config.model_dump_json())
+    return run_ranks(["-c", TRAIN_ALL, *map(str, paths)], ranks=ranks, folder=folder)
+
+
+def run_ranks(arguments: Sequence[str], *, ranks: int, folder: Path) -> str:
+    """Runs Python with these arguments as ``ranks`` processes of this machine that know of one another; returns what they printed."""
     shared = {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     workers = []
     for rank in range(ranks):
         own = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
         with (folder / f"rank{rank}.txt").open("w") as output:
-            command = [sys.executable, "-c", TRAIN_ALL, *map(str, paths)]
-            workers.append(subprocess.Popen(command, env=own, stdout=output, stderr=subprocess.STDOUT, cwd=folder))
+            workers.append(subprocess.Popen([sys.executable, *arguments], env=own, stdout=output, stderr=subprocess.STDOUT, cwd=folder))
     try:
         statuses = [worker.wait(timeout=180) for worker in workers]
     finally:

@@ -111,8 +111,8 @@ def test_a_foreign_checkpoint_gives_its_weights_only(saved: Path, make_config: M
 
 def test_weights_that_do_not_fit_are_named(saved: Path, make_config: MakeConfig) -> None:
     (saved / "global_step6" / "complete.json").unlink()
-    config = make_config(model={"padded_vocab_size": 640}, checkpoint={"load": str(saved), "finetune": True})
-    with pytest.raises(ValueError, match=r"sequential.0.word_embeddings.weight is \(512, 32\) there and \(640, 32\) in the configuration"):
+    config = make_config(model={"intermediate_size": 64}, checkpoint={"load": str(saved), "finetune": True})
+    with pytest.raises(ValueError, match=r"sequential.2.mlp.linear1.weight is \(128, 32\) there and \(64, 32\) in the configuration"):
         train(config)
 
 

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from megatron.config.schema import Config
-from megatron.parallel.mesh import Axis, Mesh
 from megatron.training import trainer
 from megatron.training.divergence import TrainingDiverged
 from megatron.training.step import StepReport
@@ -32,9 +31,6 @@ from tests.megatron.training.running import (
 )
 
 LAYOUTS = [("fp32", 0), ("fp32", 1), ("bfloat16", 0), ("bfloat16", 1), ("bfloat16", 2), ("fp32", 3)]
-
-
-TWO_SHARDS = Mesh(world_size=2, rank=0, local_rank=0, device=torch.device("cpu"), tensor=Axis(size=2))
 
 
 def resumed(make_config: MakeConfig, config: Config, folder: Path, **changes: object) -> Config:
@@ -157,11 +153,6 @@ def test_finetuning_from_scattered_weights_gathers_them(make_config: MakeConfig,
     tuned = make_config(checkpoint={"load": first.checkpoint.save, "finetune": True, "save": str(tmp_path / "tuned"), "extra_save_iters": (0,)})
     train(tuned)
     assert same_weights(weights_of(tuned, 0), weights_of(first, 1))
-
-
-def test_tensor_parallel_training_is_refused_until_it_is_there(make_config: MakeConfig) -> None:
-    with pytest.raises(ValueError, match="model_parallel_size above 1: tensor parallelism is not built yet"):
-        trainer.prepare(make_config(parallel={"model_parallel_size": 2}), TWO_SHARDS)
 
 
 def test_without_the_optimizer_the_iteration_is_kept_and_the_rate_starts_over(make_config: MakeConfig, tmp_path: Path) -> None:

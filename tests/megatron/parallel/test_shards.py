@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron.config.schema import ModelConfig
 from megatron.model.gpt import GPTModel
 from megatron.model.mlp import MLP
-from megatron.training.shards import cut_of, joined, parts_of_groups, split
+from megatron.parallel.shards import cut_of, joined, parts_of_groups, split, whole_shape
 
 HEAD = 4
 
@@ -121,3 +121,17 @@ def test_what_cannot_be_shared_equally_is_refused() -> None:
         split("sequential.2.attention.dense.weight", torch.ones(48, 48), model_config(), ranks=5)
     with pytest.raises(ValueError, match="has no rule"):
         cut_of("sequential.2.attention.unheard_of.weight", model_config())
+
+
+def test_row_biases_of_other_programs_may_be_copies() -> None:
+    bias = torch.tensor([0.5, -1.0])
+    name = "sequential.2.mlp.linear2.bias"
+    assert torch.equal(joined(name, [bias, bias], MODELS["gpt-neox"]), 2 * bias)
+    assert torch.equal(joined(name, [bias, bias], MODELS["gpt-neox"], row_biases="copied"), bias)
+
+
+@pytest.mark.parametrize("model", list(MODELS.values()), ids=list(MODELS))
+def test_the_whole_shape_is_told_from_a_piece(model: ModelConfig) -> None:
+    for name, value in random_state(model).items():
+        for piece in split(name, value, model, ranks=3):
+            assert whole_shape(name, piece, model, ranks=3) == list(value.shape), name

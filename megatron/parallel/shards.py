@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron.config.keys import GATED_ACTIVATIONS
 from megatron.config.schema import ModelConfig
 
+RowBiases = Literal["summed", "copied"]
 _ROW_PARALLEL = ("attention.dense", "mlp.linear2")
 
 
@@ -43,7 +44,7 @@ def cut_of(name: str, model: ModelConfig) -> Cut:
     if stem == "attention.query_key_value":
         return Cut(kind="rows", parts=(heads,) if groups == heads else (heads, groups, groups))
     if stem == "attention.qk_layernorm":
-        return Cut(kind="rows", parts=(heads,))
+        return Cut(kind="copied") if kind.endswith(".g") else Cut(kind="rows", parts=(heads,))
     if stem == "mlp.linear1":
         return Cut(kind="rows", parts=(width, width) if model.activation in GATED_ACTIVATIONS else (width,))
     if stem in _ROW_PARALLEL and kind.endswith(".weight"):
@@ -74,11 +75,24 @@ def split(name: str, whole: Tensor, model: ModelConfig, *, ranks: int) -> list[T
     return [torch.cat(of_rank, dim) for of_rank in zip(*pieces, strict=True)]
 
 
-def joined(name: str, shards: list[Tensor], model: ModelConfig) -> Tensor:
-    """The whole tensor of the pieces of all tensor-parallel ranks, in their order. Norms that have drifted apart are averaged."""
+def whole_shape(name: str, shard: Tensor, model: ModelConfig, *, ranks: int) -> list[int]:
+    """The shape of the tensor of which ``shard`` is one of ``ranks`` pieces."""
+    shape, kind = list(shard.shape), cut_of(name, model).kind if ranks > 1 else "copied"
+    if kind in ("rows", "columns"):
+        shape[0 if kind == "rows" else 1] *= ranks
+    return shape
+
+
+def joined(name: str, shards: list[Tensor], model: ModelConfig, *, row_biases: RowBiases = "summed") -> Tensor:
+    """The whole tensor of the pieces of all tensor-parallel ranks, in their order. Norms that have drifted apart are averaged.
+
+    ``row_biases``: how programs other than GPT-NeoX have cut those of the parallel residual; nothing in a file tells the two apart.
+    """
     if len(shards) == 1:
         return shards[0]
     cut = cut_of(name, model)
+    if cut.kind == "summed" and row_biases == "copied":
+        return shards[0]
     if cut.kind == "summed":
         return functools.reduce(torch.add, (shard.float() for shard in shards)).to(shards[0].dtype)  # a sum from 0 would lose minus zeros
     if cut.kind == "copied":
