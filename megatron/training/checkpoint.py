@@ -28,8 +28,10 @@ from megatron.parallel.mesh import Mesh
 from megatron.parallel.shards import RowBiases, split
 from megatron.training.cadence import iterations_to_delete
 from megatron.training.manifest import MANIFEST, SAVING, Found, Manifest, SavedSchedule, Shape, finished_iterations
+from megatron.training.optimizer_files import MASTER, PARAMETER_NAMES, SavedOptimizer, parameter_names
 from megatron.training.progress import Progress
 from megatron.training.random_state import RandomState, random_state, set_random_state
+from megatron.training.rearranged import load_rearranged
 from megatron.training.validation import LOGITS, validation_logits
 from megatron.training.vocabulary import repadded
 from megatron.training.weights import OVERRIDES, load_into, read_weights
@@ -76,6 +78,7 @@ def save_checkpoint(
         "consumed_samples": progress.consumed_samples,
         "args": Shape.of(config).model_dump(),
         "lr_scheduler": saved_schedule.model_dump(),
+        PARAMETER_NAMES: parameter_names(engine),
     }
     engine.save_checkpoint(str(root), tag=folder.name, client_state=client_state, save_latest=False)
     barrier(mesh)
@@ -132,6 +135,26 @@ def load_training_state(engine: DeepSpeedEngine, found: Found) -> None:
     loaded, _ = engine.load_checkpoint(str(found.folder.parent), tag=found.folder.name, load_lr_scheduler_states=False)
     if loaded is None:
         raise ValueError(f"DeepSpeed found nothing to load in {found.folder}: its mp_rank_*_model_states.pt files are missing.")
+
+
+def rearrange_training_state(engine: DeepSpeedEngine, found: Found, model: ModelConfig, mesh: Mesh) -> None:
+    """Optimizer state and counters of a checkpoint that was saved by a run that was spread otherwise, into an engine that has its weights."""
+    assert found.manifest is not None
+    shards, progress = mesh.tensor, found.manifest.progress
+
+    def own(name: str, key: str, whole: Tensor) -> Tensor:
+        padded = _with_own_padding({name: whole}, found, model)[name]
+        if key != MASTER:
+            padded[len(whole) :] = 0
+        return split(name, padded, model, ranks=shards.size)[shards.rank]
+
+    load_rearranged(
+        engine,
+        SavedOptimizer(found.folder, tensor_parallel_size=found.manifest.shape.model_parallel_size, model=model),
+        own,
+        applied_steps=progress.applied_steps,
+        skipped_steps=progress.iteration - progress.applied_steps,
+    )
 
 
 def restore_random_state(found: Found, mesh: Mesh) -> bool:

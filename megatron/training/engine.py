@@ -26,6 +26,7 @@ def build_engine(model: GPTModel, config: Config, mesh: Mesh) -> DeepSpeedEngine
     groups = parameter_groups(model, config.optimizer.weight_decay, mup_width_scale=scale)
     optimizer = build_optimizer(groups, config.optimizer, mesh.device)
     mpu = ModelParallelUnit(mesh) if mesh.model.size > 1 else None
+    deepspeed.utils.groups.mpu = mpu  # it keeps that of an earlier engine of this process
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config), mpu=mpu, dist_init_required=False)
     _forget_steps(optimizer)
     return engine

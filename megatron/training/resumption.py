@@ -19,6 +19,8 @@ class Resumption:
     schedule: ScheduleConfig
     progress: Progress = Progress()
     takes_optimizer: bool = False
+    is_rearranged: bool = False
+    """The optimizer's state was saved by a run that was spread over processes otherwise."""
     takes_random_state: bool = False
     wandb_run_id: str | None = None
 
@@ -32,12 +34,12 @@ def resumption(found: Found | None, config: Config, *, data_parallel_size: int) 
     if found.manifest is None:
         return _foreign_resumption(found, config, takes_optimizer=takes_optimizer)
     manifest = found.manifest
-    _check_shape(manifest.shape, Shape.of(config), found, is_finetune=checkpoint.finetune, takes_optimizer=takes_optimizer)
+    _check_shape(manifest.shape, Shape.of(config), found, is_finetune=checkpoint.finetune)
     if checkpoint.finetune:
         return Resumption(schedule=config.schedule)
     schedule, progress = config.schedule, manifest.progress
     if takes_optimizer:
-        _check_layout(manifest, config, found, data_parallel_size=data_parallel_size)
+        _check_precision(manifest, config, found)
         schedule = _resumed_schedule(manifest.schedule, config.schedule, found)
     else:
         progress = progress.model_copy(update={"applied_steps": 0})
@@ -45,35 +47,37 @@ def resumption(found: Found | None, config: Config, *, data_parallel_size: int) 
         progress=progress,
         schedule=schedule,
         takes_optimizer=takes_optimizer,
+        is_rearranged=takes_optimizer and _is_spread_otherwise(manifest, config, data_parallel_size=data_parallel_size),
         takes_random_state=not checkpoint.no_load_rng,
         wandb_run_id=manifest.wandb_run_id,
     )
 
 
-def _check_shape(saved: Shape, here: Shape, found: Found, *, is_finetune: bool, takes_optimizer: bool) -> None:
-    """A finetuning run may have another tokenizer class and longer positions; strict loading of the weights judges the latter. Weights
-    without their optimizer may be cut otherwise, and the vocabulary padded accordingly."""
+def _check_shape(saved: Shape, here: Shape, found: Found, *, is_finetune: bool) -> None:
+    """A finetuning run may have another tokenizer class and longer positions; strict loading of the weights judges the latter. Any run may
+    cut its weights otherwise, and pad the vocabulary accordingly."""
     ignored = {"tokenizer_type", "max_position_embeddings", "make_vocab_size_divisible_by", "vocab_size"} if is_finetune else set()
-    ignored |= set() if takes_optimizer else {"model_parallel_size", "padded_vocab_size"}
+    ignored |= {"model_parallel_size", "padded_vocab_size"}
     differing = [name for name in Shape.model_fields if name not in ignored and getattr(saved, name) != getattr(here, name)]
     if differing:
         sentences = [f"{name} is {getattr(saved, name)} in the checkpoint and {getattr(here, name)} in the configuration" for name in differing]
         raise ValueError(f"The checkpoint {found.folder} is of another shape: {'; '.join(sentences)}. Load it with its own configuration.")
 
 
-def _check_layout(manifest: Manifest, config: Config, found: Found, *, data_parallel_size: int) -> None:
-    """Optimizer state goes back only into the same kind of optimizer, cut the same way."""
-    differing = []
-    if ZERO_KINDS[manifest.zero_stage] != ZERO_KINDS[config.parallel.zero_stage]:
-        differing.append(f"ZeRO stage {manifest.zero_stage} in the checkpoint and {config.parallel.zero_stage} in the configuration")
-    elif manifest.zero_stage > 0 and manifest.data_parallel_size != data_parallel_size:
-        differing.append(f"{manifest.data_parallel_size} data-parallel replicas in the checkpoint and {data_parallel_size} now")
+def _is_spread_otherwise(manifest: Manifest, config: Config, *, data_parallel_size: int) -> bool:
+    """Whether DeepSpeed's own loading does not fit: another kind of optimizer, or one that is cut otherwise."""
+    stages = manifest.zero_stage, config.parallel.zero_stage
+    is_cut_by_data = max(stages) > 0 and manifest.data_parallel_size != data_parallel_size
+    sizes = manifest.shape.model_parallel_size, manifest.shape.padded_vocab_size, max(1, manifest.pipe_parallel_size)
+    own_sizes = config.parallel.model_parallel_size, config.model.padded_vocab_size, max(1, config.parallel.pipe_parallel_size)
+    return ZERO_KINDS[stages[0]] != ZERO_KINDS[stages[1]] or is_cut_by_data or sizes != own_sizes
+
+
+def _check_precision(manifest: Manifest, config: Config, found: Found) -> None:
     if manifest.precision != config.precision.precision:
-        differing.append(f"precision {manifest.precision} in the checkpoint and {config.precision.precision} in the configuration")
-    if differing:
         raise ValueError(
-            f"The optimizer state of {found.folder} does not fit this run: {'; '.join(differing)}. Go on with the same settings, or take "
-            "the weights only (no_load_optim: true)."
+            f"The optimizer state of {found.folder} does not fit this run: precision {manifest.precision} in the checkpoint and "
+            f"{config.precision.precision} in the configuration. Go on with the same precision, or take the weights only (no_load_optim: true)."
         )
 
 

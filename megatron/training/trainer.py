@@ -17,7 +17,14 @@ from megatron.parallel.collectives import broadcast_object, is_true_anywhere
 from megatron.parallel.mesh import Mesh
 from megatron.training.batches import RunData, Timed
 from megatron.training.cadence import is_save_due
-from megatron.training.checkpoint import check_save_path, load_training_state, load_weights, restore_random_state, save_checkpoint
+from megatron.training.checkpoint import (
+    check_save_path,
+    load_training_state,
+    load_weights,
+    rearrange_training_state,
+    restore_random_state,
+    save_checkpoint,
+)
 from megatron.training.divergence import check_numbers, check_skips
 from megatron.training.engine import build_engine
 from megatron.training.evaluate import evaluate
@@ -103,11 +110,14 @@ def check_vocabulary(tokenizer: Tokenizer, config: Config) -> None:
 def _engine(config: Config, mesh: Mesh, found: Found | None, resumed: Resumption) -> DeepSpeedEngine:
     """The engine with its weights: new, or those of the checkpoint, with or without what belongs to the optimizer."""
     model = build_model(config, device=mesh.device, shards=mesh.tensor)
-    if found is not None and not resumed.takes_optimizer:
+    if found is not None and (resumed.is_rearranged or not resumed.takes_optimizer):
         load_weights(model, found, mesh, row_biases=config.checkpoint.row_biases)
     engine = build_engine(model, config, mesh)
     if found is not None and resumed.takes_optimizer:
-        load_training_state(engine, found)
+        if resumed.is_rearranged:
+            rearrange_training_state(engine, found, config.model, mesh)
+        else:
+            load_training_state(engine, found)
     if found is not None and config.checkpoint.checkpoint_validation_with_forward_pass:
         check_logits(engine, config, mesh, found.folder)
     return engine
