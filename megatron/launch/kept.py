@@ -16,9 +16,23 @@ SAMPLES = 8
 
 def kept_ratio(pattern: AttentionPattern, samples: Sequence[Sequence[int]]) -> float:
     """Read pairs over all causal pairs, over all layers and these samples of equal length (of token ids)."""
-    kept = sum(_kept_pairs(pattern, ids, layer) * count for ids in samples for layer, count in _distinct_layers(pattern))
+    kept = sum(
+        _kept_pairs(pattern, [pattern.is_far(key, key_id=key_id, layer=layer) for key, key_id in enumerate(ids)], layer) * count
+        for ids in samples
+        for layer, count in _distinct_layers(pattern)
+    )
     length = len(samples[0])
     return kept / (len(samples) * pattern.num_layers * length * (length + 1) // 2)
+
+
+def expected_kept_ratio(pattern: AttentionPattern, length: int, *, share: float) -> float:
+    """The mean of `kept_ratio` over texts of ``length`` tokens, each of them a separator with probability ``share``."""
+    chance = share if pattern.separator_ids else 0.0
+    kept = sum(
+        _kept_pairs(pattern, [1.0 if pattern.is_far(key, key_id=-1, layer=layer) else chance for key in range(length)], layer) * count
+        for layer, count in _distinct_layers(pattern)
+    )
+    return kept / (pattern.num_layers * length * (length + 1) / 2)
 
 
 def _distinct_layers(pattern: AttentionPattern) -> list[tuple[int, int]]:
@@ -27,17 +41,16 @@ def _distinct_layers(pattern: AttentionPattern) -> list[tuple[int, int]]:
     return [(kinds.index(kind), kinds.count(kind)) for kind in dict.fromkeys(kinds)]
 
 
-def _kept_pairs(pattern: AttentionPattern, ids: Sequence[int], layer: int) -> int:
-    """Pairs (query, key) that a layer reads: the window of each query, and the far keys before it."""
-    reach = pattern.sliding_width + 1 if pattern.sliding_width is not None else len(ids)
+def _kept_pairs(pattern: AttentionPattern, far: Sequence[float], layer: int) -> float:
+    """Pairs (query, key) that a layer reads: the window of each query, and the far keys before it. ``far``: whether each key is, or how probably."""
+    reach = pattern.sliding_width + 1 if pattern.sliding_width is not None else len(far)
     window = min(pattern.windows[layer], reach)
-    is_far = [pattern.is_far(key, key_id=key_id, layer=layer) for key, key_id in enumerate(ids)]
-    kept = far_before = 0
-    for query in range(len(ids)):
+    kept = far_before = 0.0
+    for query in range(len(far)):
         if query >= window:
-            far_before += is_far[query - window]
+            far_before += far[query - window]
         if query >= reach:
-            far_before -= is_far[query - reach]
+            far_before -= far[query - reach]
         kept += min(query + 1, window) + far_before
     return kept
 

@@ -87,17 +87,17 @@ def _parameters(config: Config) -> Iterator[Row]:
 
 
 def _memory(config: Config) -> Iterator[Row]:
-    parts = memory_estimate(config)
-    if parts is None:
+    estimate = memory_estimate(config)
+    if estimate is None:
         yield "memory", "vocabulary unknown, skipped"
         return
-    total = sum(part.num_bytes for part in parts)
-    unit, size = ("GiB", 2**30) if total >= 2**30 else ("MiB", 2**20)
-    yield "memory", f"{total / size:.2f} {unit} on each device (estimate), of which"
-    for part in parts:
-        yield "", f"{part.num_bytes / size:9.2f}  {part.name}: {part.reason}"
+    unit, size = ("GiB", 2**30) if estimate.total_bytes >= 2**30 else ("MiB", 2**20)
+    yield "memory", f"{estimate.total_bytes / size:.2f} {unit} on each device (estimate), at the fullest moment of"
+    for part in estimate.parts:
+        yield "", f"{part.num_bytes / size:9.2f}  {part.text}"
     if config.attention.core == "auto" and not config.attention.prefill.is_full(config.model.seq_length):
         yield "", f"{dense_map_bytes(config) / size:9.2f}  more for each live layer that the dense core computes"
+    yield "", "time, communication, and layouts that fit other devices: python -m tools.plan with the same configurations"
 
 
 def _attention(config: Config) -> Iterator[Row]:

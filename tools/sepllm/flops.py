@@ -26,6 +26,7 @@ from torch import Tensor
 
 from megatron.config.loader import load_config
 from megatron.config.schema import Config, ModelConfig
+from megatron.launch.kept import expected_kept_ratio
 from megatron.training.flops import step_flops
 from megatron.training.ratios import Ratios
 from sepllm.layout import TokenLayout
@@ -108,12 +109,8 @@ def whole_flops(model: ModelConfig, kept_ratio: float) -> float:
 
 def expected_attention(*, length: int, window: int, initial_tokens: int, share: float) -> float:
     """The attention map of one layer where each token is a separator with probability ``share``: kept pairs over causal pairs."""
-    kept = 0.0
-    for query in range(length):
-        before = max(query + 1 - window, 0)
-        initial = min(before, initial_tokens)
-        kept += min(query + 1, window) + initial + share * (before - initial)
-    return kept / (length * (length + 1) / 2)
+    pattern = AttentionPattern(initial_tokens=initial_tokens, separator_ids=frozenset({0}), windows=(window,))
+    return expected_kept_ratio(pattern, length, share=share)
 
 
 def share_behind(attention: float, *, length: int, window: int, initial_tokens: int) -> float:

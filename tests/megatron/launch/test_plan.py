@@ -63,13 +63,15 @@ def test_softmax_and_positions_are_named(method: str, extra: tuple[str, ...], la
     assert words in plan(capsys, argv)[label]
 
 
-def test_memory_is_given_by_part(capsys: pytest.CaptureFixture[str]) -> None:
+def test_memory_is_given_by_part(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     memory = plan(capsys, [*N64, "--set", "padded_vocab_size=50304"])["memory"]
     gib = {name: float(number) for number, name in re.findall(r"([\d.]+)  (\w+)", memory)}
     assert gib["weights"] == gib["gradients"] == pytest.approx(162_322_944 * 2 / 2**30, abs=0.005)
     assert gib["optimizer"] == pytest.approx(162_322_944 * 12 / 32 / 2**30, abs=0.005)
     assert gib["logits"] == pytest.approx(32 * 2048 * 50304 * 10 / 2**30, abs=0.005)
-    assert "12 checkpointed inputs, 1 layers recomputed at a time" in memory
+    assert "activations: 12 checkpointed inputs" in memory
+    assert "recomputed: 1 layers at a time, with gradients (only during the backward)" in memory
 
 
 def test_absent_tokenizer_and_data_are_skipped_by_name(capsys: pytest.CaptureFixture[str]) -> None:
