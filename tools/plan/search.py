@@ -81,7 +81,8 @@ def layouts(config: Config, *, devices: int, devices_per_node: int) -> Iterator[
                 if not is_possible or devices % shape:
                     continue
                 data = devices // shape
-                least = 1 if pipe > 1 and config.precision.precision == "fp32" else 0  # DeepSpeed's norm would count one stage only
+                is_cut = pipe > 1 or tensor > 1
+                least = int(is_cut and config.precision.precision != "fp32")  # DeepSpeed's fp16 and bf16 need ZeRO to count every part's norm once
                 most = 1 if pipe > 1 or data * context == 1 else 2 if shape > 1 else 3
                 for micro_batch in MICRO_BATCHES:
                     if config.batch.train_batch_size % (micro_batch * data):
