@@ -124,15 +124,16 @@ class Reach:
     """``[B, T]`` int32"""
 
     @classmethod
-    def of(cls, is_far: Tensor, *, first: Tensor, end: Tensor, starts_at_0: bool = False) -> Reach:
-        """``is_far [B, S]`` bool. ``starts_at_0``: ``first`` is 0 everywhere. On an accelerator M is the most that there can be, because
-        to count would be to wait."""
+    def of(cls, is_far: Tensor, *, first: Tensor, end: Tensor, starts_at_0: bool = False, index: Tensor | None = None) -> Reach:
+        """``is_far [B, S]`` bool. ``starts_at_0``: ``first`` is 0 everywhere. ``index``: the list of far columns, where it is known already.
+        Without it M is, on an accelerator, the most that there can be, because to count would be to wait."""
         num_keys, device = is_far.shape[1], is_far.device
         before = pad(is_far, (1, 0)).cumsum(1, dtype=torch.int32)
-        most = max(before[:, -1].tolist(), default=0) if device.type == "cpu" else num_keys
-        index = torch.zeros(len(is_far), far_capacity(most, num_keys), dtype=torch.int32, device=device)
-        slots = before[:, :-1].clamp(max=index.shape[1] - 1)
-        index.scatter_add_(1, slots, is_far * _columns(0, num_keys, device))  # a key that is not far adds 0 to some slot
+        if index is None:
+            most = max(before[:, -1].tolist(), default=0) if device.type == "cpu" else num_keys
+            index = torch.zeros(len(is_far), far_capacity(most, num_keys), dtype=torch.int32, device=device)
+            slots = before[:, :-1].clamp(max=index.shape[1] - 1)
+            index.scatter_add_(1, slots, is_far * _columns(0, num_keys, device))  # a key that is not far adds 0 to some slot
         return cls(first=first, end=end, index=index, far_before=before, far_lo=first if starts_at_0 else before.gather(1, first))
 
     @classmethod
@@ -207,6 +208,8 @@ class TokenLayout:
     document_end_id: int | None = None
     """Attention, initial tokens and positions start anew after each of these tokens. None: a row is one text."""
     _ranges: dict[tuple[int, int | None], KeyRanges] = field(default_factory=dict, repr=False, compare=False)
+    _far_lists: dict[int | None, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    """`KeyRanges.index` by grid, where the layout came with it."""
 
     @classmethod
     def from_ids(
@@ -225,6 +228,59 @@ class TokenLayout:
         is_text = _text_columns(ids, pattern, attention_mask)
         layout = cls._of_columns(ids, pattern, is_text, document_end_id=document_end_id)
         return replace(layout, is_initial=_reference_initial(ids, pattern) & layout.is_text) if pattern.reference_padding else layout
+
+    @property
+    def far_capacity(self) -> int:
+        """Columns of its longest list of far keys, known without looking at the tensors."""
+        return max(index.shape[1] for index in self._lists())
+
+    def pack(self, *, far_capacity: int = 0) -> Tensor:
+        """The layout as one tensor, ``[B, S + G * M]`` int32: what the later stages of a pipeline need to know of a batch (`unpack`).
+
+            S columns             a token's id, and two bits: whether it is text, whether a document starts there
+            G lists of M columns  `KeyRanges.index` of each grid: one, unless FixLLM's intervals differ from layer to layer
+
+        Ids, text and document starts are all that a batch adds to the pattern, which every stage has: separators, initial tokens, positions
+        and the bounds of every window are comparisons and sums over them. So are the lists, but how long one is could only be said by
+        waiting for the device; the width of the tensor says it instead. M is ``far_capacity``, or the layout's own where that is more:
+        batches that are packed with the same one have the same shape.
+        """
+        if self.num_queries != self.ids.shape[1]:
+            raise ValueError(
+                f"The layout has {self.num_queries} queries in {self.ids.shape[1]} columns: only whole texts are packed, without a cache."
+            )
+        starts = self.document_start == _columns(0, self.ids.shape[1], self.ids.device)
+        columns = (self.ids.int() << 2) | (self.is_text.int() << 1) | starts.int()
+        width = max(far_capacity, self.far_capacity)
+        return torch.cat([columns, *(pad(index, (0, width - index.shape[1])) for index in self._lists())], 1)
+
+    @classmethod
+    def unpack(cls, packed: Tensor, pattern: AttentionPattern, *, length: int, has_padding: bool, document_end_id: int | None = None) -> TokenLayout:
+        """The layout of ``length`` columns that was packed, on the same device, which is not waited for.
+
+        ``has_padding``, ``document_end_id``: what may occur in a batch of the run, even if it did not in this one.
+        """
+        columns, place = packed[:, :length], _columns(0, length, packed.device)
+        ids, is_text = (columns >> 2).long(), (columns & 2).bool()
+        start = torch.where((columns & 1).bool(), place, 0).cummax(1).values
+        is_initial = _reference_initial(ids, pattern) if pattern.reference_padding else place - start < pattern.initial_tokens
+        grids = _grids(pattern)
+        return cls(
+            pattern=pattern,
+            num_queries=length,
+            ids=ids,
+            is_text=is_text,
+            is_separator=_is_in(ids, pattern.separator_ids) & is_text,
+            is_initial=is_initial & is_text,
+            document_start=start,
+            has_padding=has_padding,
+            document_end_id=document_end_id,
+            _far_lists=dict(zip(grids, packed[:, length:].chunk(len(grids), 1), strict=True)),
+        )
+
+    def _lists(self) -> list[Tensor]:
+        intervals = self.pattern.intervals
+        return [self.ranges(0 if intervals is None or grid is None else intervals.index(grid)).index for grid in _grids(self.pattern)]
 
     def extend(self, ids: Tensor, *, pattern: AttentionPattern | None = None, attention_mask: Tensor | None = None) -> TokenLayout:
         """Layout after ``ids [B, T]`` were appended, in O(T); only these are queries now.
@@ -346,7 +402,8 @@ class TokenLayout:
         if not self.pattern.has_far_keys:
             return Reach.without_far_keys(num_keys=length, first=first, end=end)
         starts_at_0 = width is None and not self.has_padding and self.document_end_id is None
-        return Reach.of(self.is_far(layer), first=first, end=end, starts_at_0=starts_at_0)
+        index = self._far_lists.get(self._interval(layer))
+        return Reach.of(self.is_far(layer), first=first, end=end, starts_at_0=starts_at_0, index=index)
 
     def _interval(self, layer: int) -> int | None:
         return None if self.pattern.intervals is None else self.pattern.intervals[layer]
@@ -385,6 +442,7 @@ class TokenLayout:
             is_initial=change(self.is_initial),
             document_start=change(self.document_start),
             _ranges={},
+            _far_lists={},
         )
 
     def _of_queries(self, whole: Tensor) -> Tensor:
@@ -400,6 +458,11 @@ class BilevelPositions:
     """Number of the token's segment: how many separators stand before it."""
     intra: Tensor
     """Place of the token in its segment."""
+
+
+def _grids(pattern: AttentionPattern) -> list[int | None]:
+    """FixLLM's intervals, each once, in the order of layers; None alone stands for no grid."""
+    return list(dict.fromkeys(pattern.intervals or (None,)))
 
 
 def _text_columns(ids: Tensor, pattern: AttentionPattern, attention_mask: Tensor | None) -> Tensor | None:

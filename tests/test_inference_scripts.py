@@ -73,6 +73,12 @@ def test_generate_writes_its_texts(run_yml: Path) -> None:
     assert [json.loads(line)["length"] for line in (run_yml.parent / "samples.txt").read_text().splitlines()] == [6, 6, 6]
 
 
+def test_one_process_generates_from_what_is_trained_in_stages(run_yml: Path) -> None:
+    done = start("generate.py", str(run_yml), "--set", "pipe-parallel-size=2", folder=run_yml.parent)
+    assert done.returncode == 0, done.stderr
+    assert len((run_yml.parent / "samples.txt").read_text().splitlines()) == 3
+
+
 def test_generate_without_a_checkpoint_ends_with_a_sentence_and_status_2(run_yml: Path) -> None:
     done = start("generate.py", str(run_yml), "--set", "load=nowhere", folder=run_yml.parent)
     assert done.returncode == 2

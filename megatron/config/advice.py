@@ -37,6 +37,8 @@ def advice(config: Config) -> Iterator[str]:
     padding_id = config.attention.prefill.padding_id
     if padding_id is not None:
         yield f"BATCH_ADAPTIVE_INIT_POS: the initial tokens of a row start after its leading run of PADDING_ID ({padding_id})."
+    if config.logging.wall_clock_breakdown and config.parallel.pipe_parallel_size > 1:
+        yield "wall_clock_breakdown: of a pipeline only the wait for data is timed, because DeepSpeed 0.19's engine fails with its timers on."
     if config.parallel.sequence_parallel and config.parallel.model_parallel_size == 1:
         yield "sequence_parallel has no effect where model_parallel_size is 1."
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 
 from megatron.config.keys import KEYS, Confirmed
@@ -56,7 +57,6 @@ NOT_BUILT_YET: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (lambda config: config.model.pos_emb == "rpe", "pos_emb rpe: relative position buckets are not built yet."),
     (lambda config: config.model.use_mup, "use_mup: muP is not built yet."),
     (lambda config: config.model.num_unique_layers is not None, "num_unique_layers: layers that share parameters are not built yet."),
-    (lambda config: config.parallel.pipe_parallel_size > 1, "pipe_parallel_size above 1: pipelines are not built yet; use 0 or 1."),
     (lambda config: config.parallel.context_parallel_size > 1, "context_parallel_size above 1: context parallelism is not built yet; use 1."),
     (
         lambda config: config.generation.text_gen_type == "precompute",
@@ -125,6 +125,10 @@ def _check_positions(settings: Settings) -> Iterator[Mistake]:
 
 def _check_layers(settings: Settings) -> Iterator[Mistake]:
     layers, unique = settings.need("num_layers", int), settings.get("num_unique_layers", int)
+    stages = settings.get_or("pipe_parallel_size", 0)
+    if stages > layers:
+        text = f"pipe_parallel_size ({stages}) is above num_layers ({layers}): use at most as many stages as there are layers."
+        yield Mistake(keys=("pipe_parallel_size", "num_layers"), text=text)
     if unique is not None and layers % unique:
         text = f"num_unique_layers ({unique}) must divide num_layers ({layers}): use {_divisors(layers, near=unique)}."
         yield Mistake(keys=("num_unique_layers", "num_layers"), text=text)
@@ -278,11 +282,38 @@ def _check_cross_entropy(settings: Settings, config: Config) -> Iterator[Mistake
         yield Mistake(keys=("fp16_lm_cross_entropy",), text=text)
 
 
-def _check_clipping_in_pipelines(settings: Settings, config: Config) -> Iterator[Mistake]:
-    parallel = config.parallel
-    if parallel.pipe_parallel_size > 1 and parallel.zero_stage == 0 and config.precision.precision == "fp32":
-        text = "fp32 with pipe_parallel_size above 1 and no ZeRO clips by the norm of the first stage alone: set zero_optimization.stage to 1."
+def _check_pipeline(settings: Settings, config: Config) -> Iterator[Mistake]:
+    stages, method, precision = config.parallel.pipe_parallel_size, config.parallel.pipe_partition_method, config.precision.precision
+    if stages <= 1:
+        return
+    if not (method in ("uniform", "parameters") or _finds_layers(method)):
+        names = ", ".join(PIPELINE_LAYERS)
+        text = f"pipe_partition_method is {method!r}: give uniform, parameters, or type: and a pattern that is found in one of {names}."
+        yield Mistake(keys=("pipe_partition_method",), text=text)
+    if precision != "fp32" and config.parallel.zero_stage == 0:
+        text = (
+            f"{precision} with pipe_parallel_size {stages} and no ZeRO: what DeepSpeed 0.19 saves of that optimizer it cannot load (bfloat16), or "
+            "its gradient norm counts tied embeddings twice (fp16): set zero_optimization.stage to 1."
+        )
         yield Mistake(keys=("pipe_parallel_size", "zero_optimization.stage"), text=text)
+    block = config.deepspeed.get("pipeline")
+    if isinstance(block, dict) and block:
+        text = (
+            f"pipeline.{next(iter(block))} steers DeepSpeed's own pipeline layers, which are not used: take the block out; checkpoint_activations is."
+        )
+        yield Mistake(keys=("pipeline",), text=text)
+
+
+PIPELINE_LAYERS = ("EmbeddingPipe", "ParallelTransformerLayerPipe", "NormPipe", "ParallelLinearPipe")
+"""What `pipe_partition_method` calls the layers: GPT-NeoX's names of its classes."""
+
+
+def _finds_layers(method: str) -> bool:
+    kind, _, pattern = method.partition(":")
+    try:
+        return kind.lower() == "type" and any(re.search(pattern, name, re.IGNORECASE) for name in PIPELINE_LAYERS)
+    except re.error:
+        return False
 
 
 def _check_tensor_parallel(settings: Settings, config: Config) -> Iterator[Mistake]:
@@ -360,7 +391,7 @@ _CONFIG_CHECKS: tuple[Callable[[Settings, Config], Iterator[Mistake]], ...] = (
     _check_vocabulary,
     _check_padded_vocabulary,
     _check_cross_entropy,
-    _check_clipping_in_pipelines,
+    _check_pipeline,
     _check_tensor_parallel,
     _check_compile,
     _check_confirmed,

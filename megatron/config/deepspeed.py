@@ -7,17 +7,21 @@ from megatron.config.schema import Config, PrecisionConfig
 
 def deepspeed_config(config: Config) -> dict[str, object]:
     """DeepSpeed's configuration of this run: batch, clipping, ZeRO, precision, printing, and what passes through."""
+    is_pipeline = config.parallel.pipe_parallel_size > 1  # whose timers DeepSpeed 0.19 starts twice, and fails
     own: dict[str, object] = {
         "train_batch_size": config.batch.train_batch_size,
         "train_micro_batch_size_per_gpu": config.batch.train_micro_batch_size_per_gpu,
         "gradient_accumulation_steps": config.batch.gradient_accumulation_steps,
         "gradient_clipping": config.optimizer.gradient_clipping,
         "steps_per_print": config.logging.steps_per_print,
-        "wall_clock_breakdown": config.logging.wall_clock_breakdown,
+        "wall_clock_breakdown": config.logging.wall_clock_breakdown and not is_pipeline,
         "zero_optimization": {**config.parallel.zero_optimization, "stage": config.parallel.zero_stage},
     }
     if config.precision.fp32_allreduce:
         own["communication_data_type"] = "fp32"
+    if is_pipeline:
+        # Every tensor-parallel rank sends its own hidden states on: DeepSpeed's cutting and gathering takes them to be equal.
+        own["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     passed_on = {key: value for key, value in config.deepspeed.items() if key not in ("fp16", "bf16")}
     precision = {name: {**block, **_members(config, name)} for name, block in _precision(config.precision).items()}
     return own | passed_on | precision | {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}

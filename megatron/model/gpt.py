@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ def build_model(config: Config, *, device: torch.device | str | None = None, dty
     if device.type != "meta":
         model.to_empty(device=device)
         initialise(model, config.model, seed=config.training.seed, shards=shards)
-        prepare_parameters(model, config.model, parallel)
+        prepare_parameters(model.named_parameters(), config.model, parallel)
         if config.training.compile:
             model.compile_blocks()
     return model
@@ -84,6 +85,44 @@ def parameter_count(config: ModelConfig) -> int:
     """Number of parameters of the model, exactly; nothing is allocated. Tied matrices count once."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in GPTModel(config).parameters())
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """A layer that is yet to be made, by the whole model or by the pipeline stage that it falls to."""
+
+    kind: type[nn.Module]
+    arguments: dict[str, Any]
+
+    def make(self) -> nn.Module:
+        return self.kind(**self.arguments)
+
+
+def layer_plans(config: ModelConfig, *, parallel: TensorParallel = TensorParallel()) -> dict[int, LayerPlan]:
+    """The layer at each place of the list. Where the word embeddings serve as the output matrix, the last place is free."""
+    plans = {EMBEDDING: LayerPlan(Embedding, {"config": config, "parallel": parallel})}
+    for layer in range(config.num_layers):
+        plans[FIRST_BLOCK + layer] = LayerPlan(Block, {"config": config, "layer": layer, "parallel": parallel})
+    plans[config.num_layers + 3] = LayerPlan(FinalNorm, {"config": config})
+    if config.no_weight_tying:
+        plans[config.num_layers + 4] = LayerPlan(Output, {"config": config, "parallel": parallel})
+    return plans
+
+
+def run_blocks(blocks: Sequence[nn.Module], hidden_BTD: Tensor, passes: Sequence[LayerPass], *, recompute: Recompute | None) -> Tensor:
+    """``hidden_BTD`` after the blocks, each with its own pass. ``recompute``: what is computed again for the backward pass."""
+
+    def run(hidden_BTD: Tensor, group: slice) -> Tensor:
+        for block, shared in zip(blocks[group], passes[group], strict=True):
+            hidden_BTD = block(hidden_BTD, shared)
+        return hidden_BTD
+
+    if recompute is None or not torch.is_grad_enabled():
+        return run(hidden_BTD, slice(None))
+    for first in range(0, len(blocks), recompute.num_layers):
+        group = slice(first, first + recompute.num_layers)
+        hidden_BTD = checkpoint(run, hidden_BTD, group, use_reentrant=False, context_fn=recompute.contexts)
+    return hidden_BTD
 
 
 class GPTModel(nn.Module):
@@ -105,13 +144,7 @@ class GPTModel(nn.Module):
         self.parallel = parallel
         self.attention_cores: tuple[str, ...] = ()
         """Which core computed each layer of the last forward pass."""
-        layers: dict[int, nn.Module] = {EMBEDDING: Embedding(config, parallel=parallel)}
-        for layer in range(config.num_layers):
-            layers[FIRST_BLOCK + layer] = Block(config, layer=layer, parallel=parallel)
-        layers[config.num_layers + 3] = FinalNorm(config)
-        if config.no_weight_tying:
-            layers[config.num_layers + 4] = Output(config, parallel=parallel)
-        self.sequential = nn.ModuleDict({str(place): module for place, module in layers.items()})
+        self.sequential = nn.ModuleDict({str(place): plan.make() for place, plan in layer_plans(config, parallel=parallel).items()})
 
     def forward(self, ids: Tensor, layout: TokenLayout, *, cache: KeyValueCache | None = None) -> Tensor:
         """Logits of the layout's queries, ``[B, T, V]``.
@@ -128,11 +161,11 @@ class GPTModel(nn.Module):
             layout, positions, self.config, like=hidden_BTD, core=self.core, cache=cache, is_training=self.training, parallel=self.parallel
         )
         self.attention_cores = tuple(of_layer.core for of_layer in passes)
-        hidden_BTD = self._blocks(hidden_BTD, passes)
+        hidden_BTD = run_blocks(self._blocks(), hidden_BTD, passes, recompute=self.recompute if self.training else None)
         hidden_BTD = self.sequential[str(self.config.num_layers + 3)](hidden_BTD)
         if self.config.no_weight_tying:
             return self.sequential[str(self.config.num_layers + 4)](hidden_BTD)
-        return column_product(hidden_BTD, embedding.word_embeddings.weight, None, self.parallel)
+        return tied_logits(embedding, hidden_BTD)
 
     def loss(self, batch: LabelledBatch) -> Tensor:
         """Mean loss of the batch's unmasked tokens, a scalar."""
@@ -140,24 +173,13 @@ class GPTModel(nn.Module):
         in_fp32 = not self.config.fp16_lm_cross_entropy
         return cross_entropy(logits, batch.labels, batch.loss_mask, in_fp32=in_fp32, shards=self.parallel.axis)
 
-    def _blocks(self, hidden_BTD: Tensor, passes: Sequence[LayerPass]) -> Tensor:
-        recompute = self.recompute
-        if recompute is None or not (self.training and torch.is_grad_enabled()):
-            return self._run(hidden_BTD, passes, range(self.config.num_layers))
-        for first in range(0, self.config.num_layers, recompute.num_layers):
-            group = range(first, min(first + recompute.num_layers, self.config.num_layers))
-            hidden_BTD = checkpoint(self._run, hidden_BTD, passes, group, use_reentrant=False, context_fn=recompute.contexts)
-        return hidden_BTD
-
-    def _run(self, hidden_BTD: Tensor, passes: Sequence[LayerPass], group: range) -> Tensor:
-        for layer in group:
-            hidden_BTD = self.sequential[str(FIRST_BLOCK + layer)](hidden_BTD, passes[layer])
-        return hidden_BTD
-
     def compile_blocks(self, *, backend: str = "inductor") -> None:
         """Has `torch.compile` build the blocks, when they first run: one graph for all layers of the same window and core."""
-        for layer in range(self.config.num_layers):
-            self.sequential[str(FIRST_BLOCK + layer)].compile(fullgraph=True, backend=backend)
+        for block in self._blocks():
+            block.compile(fullgraph=True, backend=backend)
+
+    def _blocks(self) -> list[nn.Module]:
+        return [self.sequential[str(FIRST_BLOCK + layer)] for layer in range(self.config.num_layers)]
 
     def _check(self, ids: Tensor, layout: TokenLayout, cache: KeyValueCache | None) -> None:
         num_keys = layout.ids.shape[1]
@@ -189,6 +211,11 @@ class Output(nn.Module):
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         return self.final_linear(hidden_BTD)
+
+
+def tied_logits(embedding: Embedding, hidden_BTD: Tensor) -> Tensor:
+    """Logits where the word embeddings serve as the output matrix, ``[B, T, V]``; over this shard's part of the vocabulary."""
+    return column_product(hidden_BTD, embedding.word_embeddings.weight, None, embedding.parallel)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, loss_mask: Tensor, *, in_fp32: bool = True, shards: Axis = Axis()) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from megatron.config.schema import ModelConfig
+from megatron.model.names import weight_name
 from megatron.parallel.mesh import Axis
 from megatron.parallel.shards import split, whole_shape
 
@@ -46,6 +47,7 @@ RESIDUAL_OUTPUTS = ("attention.dense.weight", "mlp.linear2.weight")
 def initialise(model: nn.Module, config: ModelConfig, *, seed: int, shards: Axis = Axis()) -> None:
     """Give every parameter of ``model`` its initial value, cast to the parameter's dtype: its piece, where ``shards`` have one each."""
     for name, parameter in model.named_parameters():
+        name = weight_name(name)
         value = initial_value(name, whole_shape(name, parameter, config, ranks=shards.size), config, seed=seed)
         parameter.copy_(split(name, value, config, ranks=shards.size)[shards.rank])
 

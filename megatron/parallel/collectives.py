@@ -22,6 +22,33 @@ def mean_over_data_parallel(value: Tensor, mesh: Mesh) -> Tensor:
     return total / mesh.world_size
 
 
+def from_last_stage(value: Tensor, mesh: Mesh) -> Tensor:
+    """What the last pipeline stage passed as ``value``, on all stages of the replica; the others' has the same shape and dtype."""
+    if mesh.pipe.size == 1:
+        return value
+    value = value.contiguous()
+    distributed.broadcast(value, group=mesh.pipe.group, group_src=mesh.pipe.size - 1)
+    return value
+
+
+def largest_of_stages(value: int, mesh: Mesh) -> int:
+    """The largest ``value`` of any stage of the replica, on all of them."""
+    if mesh.pipe.size == 1:
+        return value
+    largest = torch.tensor(value, device=mesh.device)
+    distributed.all_reduce(largest, op=distributed.ReduceOp.MAX, group=mesh.pipe.group)
+    return int(largest)
+
+
+def gather_stages(value: T, mesh: Mesh) -> list[T]:
+    """The ``value`` of every pipeline stage of the replica, in order, on all of them. Any picklable object."""
+    if mesh.pipe.size == 1:
+        return [value]
+    boxes: list[T] = [value] * mesh.pipe.size
+    distributed.all_gather_object(boxes, value, group=mesh.pipe.group)
+    return boxes
+
+
 def sum_along(value: Tensor, axis: Axis) -> Tensor:
     """The sum of every process's ``value`` along a direction of the mesh, on each of them."""
     if axis.size == 1:

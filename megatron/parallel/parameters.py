@@ -14,8 +14,8 @@ from megatron.parallel.regions import TensorParallel, start_sum, wait
 from megatron.parallel.shards import cut_of
 
 
-def prepare_parameters(model: nn.Module, config: ModelConfig, parallel: TensorParallel) -> None:
-    """Readies the parameters of ``model``, named ``sequential.N.<name>``, for training in shards. Once, when their memory is theirs.
+def prepare_parameters(named: Iterable[tuple[str, nn.Parameter]], config: ModelConfig, parallel: TensorParallel) -> None:
+    """Readies parameters, named ``sequential.N.<name>``, for training in shards. Once, when their memory is theirs.
 
     Pieces get ``tensor_model_parallel``, by which DeepSpeed counts each number once in a gradient's norm: of other parameters it counts
     those of the first shard. Copies that have seen a piece of the sequence only, or some heads only, get the sum of all shards' gradients.
@@ -27,7 +27,7 @@ def prepare_parameters(model: nn.Module, config: ModelConfig, parallel: TensorPa
     def summed(gradient: Tensor) -> Tensor:
         return wait(start_sum(gradient, parallel.group))
 
-    for name, parameter in model.named_parameters():
+    for name, parameter in named:
         kind = cut_of(name, config).kind
         if kind in ("rows", "columns"):
             parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
@@ -42,11 +42,13 @@ def is_piece(parameter: nn.Parameter) -> bool:
     return bool(getattr(parameter, "tensor_model_parallel", False))
 
 
-def norm_over_shards(tensors: Iterable[tuple[nn.Parameter, Tensor]], shards: Axis) -> Tensor:
-    """Norm of all numbers that the shards hold together, copies counted once. A scalar, the same on every shard.
+def norm_over_shards(tensors: Iterable[tuple[nn.Parameter, Tensor]], *, shards: Axis, along: Axis) -> Tensor:
+    """Norm of all numbers that the processes ``along`` an axis hold together, copies of shards and stages counted once. A scalar, the same on each.
 
-    ``tensors``: parameters of this shard, each with its gradient, or whatever else has its shape.
+    ``tensors``: parameters of this process, each with its gradient, or whatever else has its shape.
     """
-    counted = [tensor for parameter, tensor in tensors if shards.rank == 0 or is_piece(parameter)]
+    counted = [
+        tensor for parameter, tensor in tensors if (shards.rank == 0 or is_piece(parameter)) and not getattr(parameter, "ds_pipe_replicated", False)
+    ]
     own = torch.nn.utils.get_total_norm(counted)
-    return own if shards.size == 1 else sum_along(own.square(), shards).sqrt()
+    return own if along.size == 1 else sum_along(own.square(), along).sqrt()

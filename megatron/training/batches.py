@@ -45,6 +45,11 @@ class RunData:
         return cls(config=config, mesh=mesh, datasets=datasets, end_of_document=tokenizer.eod_id)
 
     @property
+    def document_end_id(self) -> int | None:
+        """After which token attention and positions start anew. None: after none."""
+        return self.end_of_document if self.config.attention.reset_at_document_end else None
+
+    @property
     def train_iters(self) -> int:
         """Steps of the whole run: `train_iters`, or as many whole ones as `train_epochs` passes over the data yield."""
         training, batch = self.config.training, self.config.batch
@@ -85,7 +90,7 @@ class RunData:
             consumed_samples=first,
             passes=passes,
             masked_id=self.end_of_document if self.config.data.eod_mask_loss else None,
-            document_end_id=self.end_of_document if self.config.attention.reset_at_document_end else None,
+            document_end_id=self.document_end_id,
             vocab_size=self.config.model.padded_vocab_size,
             num_workers=num_workers,
             pinned=self.mesh.device.type == "cuda",

@@ -3,7 +3,7 @@
 <save>/latest                     the newest finished folder's name
 <save>/global_stepN/
   saving                          present while the folder is being filled
-  mp_rank_*, *_optim_states.pt    DeepSpeed's files
+  mp_rank_*, layer_*, *_optim_states.pt    DeepSpeed's files
   configs/                        the user's YAML texts, and overrides.json: what the command line changed
   random_states.pt                every process's generators
   complete.json                   the manifest, written when all processes are done
@@ -38,6 +38,8 @@ from megatron.training.weights import OVERRIDES, load_into, read_weights
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+
+    from megatron.model.pipeline import GPTPipeline
 
 RANDOM_STATES = "random_states.pt"
 
@@ -107,12 +109,12 @@ def save_checkpoint(
     return folder
 
 
-def load_weights(model: GPTModel, found: Found, mesh: Mesh, *, row_biases: RowBiases = "summed") -> None:
-    """The checkpoint's weights, of any layout, into a model that no engine has taken over yet: this process's shard of them."""
+def load_weights(model: GPTModel | GPTPipeline, found: Found, mesh: Mesh, *, row_biases: RowBiases = "summed") -> None:
+    """The checkpoint's weights, of any layout, into a model, or a stage of one, that no engine has taken over yet: this process's shard of them."""
     shards = mesh.tensor
     whole = _with_own_padding(weights_of(found, model.config, row_biases=row_biases), found, model.config)
     own = {name: split(name, value, model.config, ranks=shards.size)[shards.rank] for name, value in whole.items()}
-    load_into(model, own, source=found.folder)
+    load_into(model, own if isinstance(model, GPTModel) else model.own_weights(own), source=found.folder)
 
 
 def _with_own_padding(state: Mapping[str, Tensor], found: Found, model: ModelConfig) -> Mapping[str, Tensor]:

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from megatron.data.batch import Batch
 from megatron.data.tokenizer import Tokenizer
-from megatron.parallel.collectives import mean_over_data_parallel
+from megatron.parallel.collectives import from_last_stage, mean_over_data_parallel
 from megatron.parallel.mesh import Mesh
+from megatron.training import stages
 from megatron.training.step import batch_loss
 
 if TYPE_CHECKING:
@@ -30,16 +32,35 @@ def evaluate(
     With a ``tokenizer`` also ``<label>/lm_loss_char_lvl_ppl``: perplexity for each character of the labels' text.
     """
     engine.eval()
-    total = torch.zeros(3, dtype=torch.float64)  # loss, tokens, characters
-    for _ in range(count):
-        batch = next(batches)
-        total[0] += float(batch_loss(engine, batch.to(mesh.device)))
-        if tokenizer is not None:
-            total[1] += batch.labels.numel()
-            total[2] += sum(len(tokenizer.decode(row)) for row in batch.labels.tolist())
+    labels = Labels(batches, tokenizer)
+    losses = (stages.evaluated_losses if mesh.pipe.size > 1 else evaluated_losses)(engine, labels, mesh, count=count)
     engine.train()
-    loss, tokens, characters = mean_over_data_parallel((total / count).to(mesh.device), mesh).tolist()
+    total = torch.tensor([float(losses.double().sum()), labels.tokens, labels.characters], dtype=torch.float64, device=mesh.device)
+    loss, tokens, characters = mean_over_data_parallel(from_last_stage(total / count, mesh), mesh).tolist()
     metrics = {f"{label}/lm_loss": loss, f"{label}/lm_loss_ppl": math.exp(min(LARGEST_EXPONENT, loss))}
     if tokenizer is not None:
         metrics[f"{label}/lm_loss_char_lvl_ppl"] = math.exp(min(LARGEST_EXPONENT, loss * tokens / max(characters, 1)))
     return metrics
+
+
+def evaluated_losses(engine: DeepSpeedEngine, batches: Iterator[Batch], mesh: Mesh, *, count: int) -> Tensor:
+    """The losses of ``count`` micro-batches by a model that each process has whole."""
+    return torch.stack([batch_loss(engine, next(batches).to(mesh.device)) for _ in range(count)])
+
+
+class Labels:
+    """An iterator of micro-batches that counts the tokens and, for a ``tokenizer``, the characters of the labels that passed."""
+
+    def __init__(self, batches: Iterator[Batch], tokenizer: Tokenizer | None) -> None:
+        self._batches, self._tokenizer = batches, tokenizer
+        self.tokens = self.characters = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._batches)
+        if self._tokenizer is not None:
+            self.tokens += batch.labels.numel()
+            self.characters += sum(len(self._tokenizer.decode(row)) for row in batch.labels.tolist())
+        return batch

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron.config.schema import LoggingConfig
-from megatron.parallel.collectives import sum_along
+from megatron.model.names import weight_name
+from megatron.parallel.collectives import gather_stages, sum_along
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.parameters import is_piece
 
@@ -27,9 +28,9 @@ TIMERS = {
 """DeepSpeed's timers of a whole step, and GPT-NeoX's names for them."""
 
 
-def timer_metrics(engine: DeepSpeedEngine, *, waited_s: float) -> dict[str, float]:
+def timer_metrics(engine: DeepSpeedEngine, config: LoggingConfig, *, waited_s: float) -> dict[str, float]:
     """Seconds of each part of the last step, under GPT-NeoX's names; nothing without `wall_clock_breakdown`."""
-    if not engine.wall_clock_breakdown():
+    if not config.wall_clock_breakdown:
         return {}
     measured_ms = engine.get_wall_clock_timers()
     metrics = {f"timers/{TIMERS[name]}": value / 1000 for name, value in measured_ms.items() if name in TIMERS}
@@ -37,15 +38,18 @@ def timer_metrics(engine: DeepSpeedEngine, *, waited_s: float) -> dict[str, floa
 
 
 def parameter_statistics(engine: DeepSpeedEngine, config: LoggingConfig, mesh: Mesh) -> dict[str, float]:
-    """The norms that the configuration asks for, under GPT-NeoX's names, of whole parameters. All processes call this together, before
-    the update."""
-    metrics: dict[str, float] = {}
+    """The norms that the configuration asks for, under GPT-NeoX's names, of whole parameters of all stages. All processes call this
+    together, before the update."""
+    own: dict[str, float] = {}
     of_pieces: dict[str, float] = {}
     for name, parameter in engine.module.named_parameters():
-        (of_pieces if is_piece(parameter) else metrics).update(_statistics_of(engine, name, parameter, config))
-    metrics |= _of_whole_parameters(of_pieces, mesh)
+        if not getattr(parameter, "ds_pipe_replicated", False):
+            (of_pieces if is_piece(parameter) else own).update(_statistics_of(engine, weight_name(name), parameter, config))
+    own |= _of_whole_parameters(of_pieces, mesh)
+    metrics = {name: value for of_stage in gather_stages(own, mesh) for name, value in of_stage.items()}
     if config.log_optimizer_states:
-        metrics |= _optimizer_state_norms(engine)
+        states = [state for of_stage in gather_stages(_optimizer_state_norms(engine), mesh) for state in of_stage]
+        metrics |= {f"optimizer_state_norms/{place}_{name}": norm for place, state in enumerate(states) for name, norm in state.items()}
     return metrics
 
 
@@ -92,11 +96,7 @@ def _gradient(engine: DeepSpeedEngine, parameter: nn.Parameter) -> Tensor | None
     return safe_get_full_grad(parameter)
 
 
-def _optimizer_state_norms(engine: DeepSpeedEngine) -> dict[str, float]:
-    """By place and name of the state, as far as this process holds it."""
-    return {
-        f"optimizer_state_norms/{place}_{name}": float(torch.as_tensor(value).float().norm())
-        for place, state in enumerate(engine.basic_optimizer.state.values())
-        for name, value in state.items()
-        if name != "step"
-    }
+def _optimizer_state_norms(engine: DeepSpeedEngine) -> list[dict[str, float]]:
+    """By name, of each state that this process holds."""
+    states = engine.basic_optimizer.state.values()
+    return [{name: float(torch.as_tensor(value).float().norm()) for name, value in state.items() if name != "step"} for state in states]

@@ -15,6 +15,7 @@ from megatron.optim.build import set_learning_rate
 from megatron.parallel.collectives import mean_over_data_parallel
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.parameters import norm_over_shards
+from megatron.training import stages
 from megatron.training.ratios import Ratios
 
 if TYPE_CHECKING:
@@ -52,29 +53,56 @@ def train_step(
     ``before_update`` sees the engine when the last gradients are there and the weights have not moved.
     """
     set_learning_rate(engine.optimizer, lr)
-    engine.train()
-    losses: list[Tensor] = []
-    ratios = Ratios()
-    for _ in range(engine.gradient_accumulation_steps()):
-        batch = next(batches)
-        loss = batch_loss(engine, batch.to(mesh.device))
-        engine.backward(loss)
-        losses.append(loss.detach())
-        ratios += Ratios.of(batch.layout)
-        if engine.is_gradient_accumulation_boundary():
-            norm, scale = own_gradient_norm(engine, mesh), loss_scale(engine)
-            if before_update is not None:
-                before_update(engine)
-        engine.step()
-    micro_losses = torch.stack(losses)
+    counted = Counted(batches)
+    norm: float | None = None
+    scale: float | None = None
+
+    def note() -> None:
+        nonlocal norm, scale
+        norm, scale = own_gradient_norm(engine, mesh), loss_scale(engine)
+        if before_update is not None:
+            before_update(engine)
+
+    through = stages.trained_losses if mesh.pipe.size > 1 else trained_losses
+    micro_losses = through(engine, counted, mesh, before_update=note)
     return StepReport(
         loss=float(mean_over_data_parallel(micro_losses.mean(), mesh)),
         micro_losses=tuple(micro_losses.tolist()),
         grad_norm=norm if norm is not None else engine_gradient_norm(engine, scale=scale),
         is_skipped=not engine.was_step_applied(),
         loss_scale=loss_scale(engine),
-        ratios=ratios,
+        ratios=counted.ratios,
     )
+
+
+def trained_losses(engine: DeepSpeedEngine, batches: Iterator[Batch], mesh: Mesh, *, before_update: Callable[[], None]) -> Tensor:
+    """Forward, backward and update of a model that each process has whole; the losses of its micro-batches, in order."""
+    engine.train()
+    losses: list[Tensor] = []
+    for _ in range(engine.gradient_accumulation_steps()):
+        loss = batch_loss(engine, next(batches).to(mesh.device))
+        engine.backward(loss)
+        losses.append(loss.detach())
+        if engine.is_gradient_accumulation_boundary():
+            before_update()
+        engine.step()
+    return torch.stack(losses)
+
+
+class Counted:
+    """An iterator of micro-batches that knows how sparse the attention of those that passed is."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches = batches
+        self.ratios = Ratios()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._batches)
+        self.ratios += Ratios.of(batch.layout)
+        return batch
 
 
 def batch_loss(engine: DeepSpeedEngine, batch: Batch) -> Tensor:
@@ -90,11 +118,11 @@ def loss_scale(engine: DeepSpeedEngine) -> float | None:
 
 
 def own_gradient_norm(engine: DeepSpeedEngine, mesh: Mesh) -> float | None:
-    """Norm of the reduced gradients where the engine runs a bare torch optimizer (fp32 without ZeRO) and keeps no norm; else None."""
+    """Norm of the whole model's reduced gradients where the engine runs a bare torch optimizer (fp32 without ZeRO) and keeps no norm; else None."""
     if engine.zero_optimization() or engine.fp16_enabled() or engine.bfloat16_enabled():
         return None
     gradients = [(parameter, parameter.grad) for parameter in engine.module.parameters() if parameter.grad is not None]
-    return float(norm_over_shards(gradients, mesh.tensor))
+    return float(norm_over_shards(gradients, shards=mesh.tensor, along=mesh.model))
 
 
 def engine_gradient_norm(engine: DeepSpeedEngine, *, scale: float | None) -> float | None:

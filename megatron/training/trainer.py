@@ -11,9 +11,9 @@ from megatron.config.checks import check_startable
 from megatron.config.schema import Config
 from megatron.data.gpt_dataset import SampleDataset
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
-from megatron.model.gpt import build_model
+from megatron.model.gpt import GPTModel, build_model
 from megatron.optim.schedule import LearningRate
-from megatron.parallel.collectives import broadcast_object, is_true_anywhere
+from megatron.parallel.collectives import broadcast_object, gather_stages, is_true_anywhere
 from megatron.parallel.mesh import Mesh
 from megatron.training.batches import RunData, Timed
 from megatron.training.cadence import is_save_due
@@ -43,6 +43,8 @@ from sepllm.attention.measured import is_measured
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+
+    from megatron.model.pipeline import GPTPipeline
 
 T = TypeVar("T")
 
@@ -75,8 +77,8 @@ def prepare(config: Config, mesh: Mesh) -> Run:
     tokenizer = build_tokenizer(config.tokenizer)
     check_vocabulary(tokenizer, config)
     data = RunData.open(config, mesh, tokenizer)
-    engine = _engine(config, mesh, found, resumed)
-    seed_replica(config.training.seed, replica=mesh.data.rank)  # shards of one replica draw alike
+    engine = _engine(config, mesh, found, resumed, document_end_id=data.document_end_id)
+    seed_replica(config.training.seed, replica=mesh.data.rank + mesh.data.size * mesh.pipe.rank)  # shards of one replica draw alike
     has_random_state = found is not None and resumed.takes_random_state and restore_random_state(found, mesh)
     progress = resumed.progress
     bar = data.train_iters if config.logging.progress_bar else None
@@ -107,9 +109,9 @@ def check_vocabulary(tokenizer: Tokenizer, config: Config) -> None:
         )
 
 
-def _engine(config: Config, mesh: Mesh, found: Found | None, resumed: Resumption) -> DeepSpeedEngine:
+def _engine(config: Config, mesh: Mesh, found: Found | None, resumed: Resumption, *, document_end_id: int | None) -> DeepSpeedEngine:
     """The engine with its weights: new, or those of the checkpoint, with or without what belongs to the optimizer."""
-    model = build_model(config, device=mesh.device, shards=mesh.tensor)
+    model = _model(config, mesh, document_end_id=document_end_id)
     if found is not None and (resumed.is_rearranged or not resumed.takes_optimizer):
         load_weights(model, found, mesh, row_biases=config.checkpoint.row_biases)
     engine = build_engine(model, config, mesh)
@@ -121,6 +123,15 @@ def _engine(config: Config, mesh: Mesh, found: Found | None, resumed: Resumption
     if found is not None and config.checkpoint.checkpoint_validation_with_forward_pass:
         check_logits(engine, config, mesh, found.folder)
     return engine
+
+
+def _model(config: Config, mesh: Mesh, *, document_end_id: int | None) -> GPTModel | GPTPipeline:
+    """The whole model, or this process's stage of it."""
+    if mesh.pipe.size == 1:
+        return build_model(config, device=mesh.device, shards=mesh.tensor)
+    from megatron.model.pipeline import GPTPipeline  # it imports DeepSpeed, which must come after `Mesh.start`
+
+    return GPTPipeline(config, mesh, document_end_id=document_end_id)
 
 
 def _decided_by_first(decide: Callable[[], T], mesh: Mesh) -> T:
@@ -195,7 +206,7 @@ class Run:
 
         report = train_step(self.engine, batches, self.mesh, lr=lr, before_update=note_norms if wants_norms else None)
         progress = before.after_step(samples=self.config.batch.train_batch_size, is_skipped=report.is_skipped)
-        extra |= timer_metrics(self.engine, waited_s=batches.take_waited_s())
+        extra |= timer_metrics(self.engine, self.config.logging, waited_s=batches.take_waited_s())
         elapsed_s = time.perf_counter() - started
         self.reporter.step(report, progress, lr=self.schedule.at(progress.applied_steps), elapsed_s=elapsed_s, extra=extra)
         return progress, report
@@ -203,7 +214,8 @@ class Run:
     def _say_cores(self) -> None:
         device = self.mesh.device.type
         hint = "" if is_measured(device) else f"; nobody has measured the cores on {device} yet: python -m tools.bench.cores --device {device}"
-        self.reporter.console.say(f" attention: {cores_line(self.engine.module.attention_cores)}{hint}")
+        cores = tuple(core for of_stage in gather_stages(self.engine.module.attention_cores, self.mesh) for core in of_stage)
+        self.reporter.console.say(f" attention: {cores_line(cores)}{hint}")
 
     def _wants_statistics(self, iteration: int) -> bool:
         logging = self.config.logging

@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron.config.schema import Config
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.vocab import whole_vocabulary
+from megatron.training import stages
 from megatron.training.random_state import undisturbed
 from sepllm.layout import TokenLayout
 
@@ -28,7 +29,12 @@ def validation_logits(engine: DeepSpeedEngine, config: Config, mesh: Mesh) -> Te
     layout = TokenLayout.from_ids(ids, config.attention.prefill)
     engine.eval()
     with undisturbed(mesh.device):
-        logits = whole_vocabulary(engine(ids.to(mesh.device), layout.to(mesh.device)), mesh.tensor)
+        if mesh.pipe.size > 1:
+            assert config.model.padded_vocab_size is not None
+            logits = stages.logits_of(engine, layout, mesh, vocabulary=config.model.padded_vocab_size // mesh.tensor.size)
+        else:
+            logits = engine(ids.to(mesh.device), layout.to(mesh.device))
+        logits = whole_vocabulary(logits, mesh.tensor)
     engine.train()
     return logits[0].float().cpu()
 

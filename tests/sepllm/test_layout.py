@@ -471,3 +471,46 @@ def test_layout_of_a_training_batch_takes_well_below_a_millisecond() -> None:
             layout.ranges(layer)
         elapsed_s.append(time.perf_counter() - start)
     assert statistics.median(elapsed_s) < 2e-3
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(seed=st.integers(0, 2**31), length=st.integers(1, 200), is_padded=st.booleans(), separates=st.booleans(), spare=st.integers(0, 2))
+def test_an_unpacked_layout_says_what_the_packed_one_said(seed: int, length: int, is_padded: bool, separates: bool, spare: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    ids, pattern = random_ids(generator, 3, length), random_pattern(generator)
+    mask = random_mask(generator, 3, length) if is_padded else None
+    layout = TokenLayout.from_ids(ids, pattern, attention_mask=mask, document_end_id=DOCUMENT_END if separates else None)
+    packed = layout.pack(far_capacity=layout.far_capacity + spare * CAPACITY_STEP)
+    again = TokenLayout.unpack(packed, pattern, length=length, has_padding=is_padded, document_end_id=layout.document_end_id)
+    assert packed.dtype == torch.int32
+    for name in ("ids", "is_text", "is_separator", "is_initial", "document_start", "positions"):
+        assert torch.equal(getattr(again, name), getattr(layout, name)), name
+    for layer in range(pattern.num_layers):
+        ranges, expected = again.ranges(layer), layout.ranges(layer)
+        assert all(torch.equal(getattr(ranges, name), getattr(expected, name)) for name in BOUNDS)
+        assert torch.equal(ranges.dense(), expected.dense())
+        assert (ranges.longest_band, ranges.num_keys) == (expected.longest_band, expected.num_keys)
+    if layout.has_padding == is_padded:
+        assert [again.ranges(layer).is_causal for layer in range(3)] == [layout.ranges(layer).is_causal for layer in range(3)]
+
+
+def test_batches_packed_with_one_capacity_have_one_shape() -> None:
+    pattern = AttentionPattern(initial_tokens=2, separator_ids=SEPARATORS, windows=(4, 8), intervals=(3, 5))
+    few, many = torch.full((2, 300), 1), torch.full((2, 300), SEPARATORS[0])
+    layouts = [TokenLayout.from_ids(ids, pattern) for ids in (few, many)]
+    capacity = max(layout.far_capacity for layout in layouts)
+    assert layouts[0].far_capacity < capacity
+    assert {layout.pack(far_capacity=capacity).shape for layout in layouts} == {(2, 300 + 2 * capacity)}
+
+
+def test_padding_as_the_reference_reads_it_survives_packing() -> None:
+    pattern = AttentionPattern(initial_tokens=2, separator_ids=SEPARATORS, windows=(3,), padding_id=0, reference_padding=True)
+    layout = TokenLayout.from_ids(torch.tensor([[0, 0, 1, 5, 2, 3], [1, 2, 3, 4, 0, 5]]), pattern)
+    again = TokenLayout.unpack(layout.pack(), pattern, length=6, has_padding=False)
+    assert torch.equal(again.ranges(0).dense(), layout.ranges(0).dense())
+
+
+def test_a_layout_of_cached_keys_is_not_packed() -> None:
+    layout = TokenLayout.from_ids(torch.ones(1, 4, dtype=torch.int64), AttentionPattern(windows=(2,))).extend(torch.ones(1, 1, dtype=torch.int64))
+    with pytest.raises(ValueError, match="1 queries in 5 columns"):
+        layout.pack()

@@ -153,7 +153,7 @@ def built(case: Case, parallel: TensorParallel, dtype: torch.dtype) -> GPTModel:
             if parameter.ndim == 1 or "norm" in name:
                 dict(model.named_parameters())[name].add_(split(name, drawn, config, ranks=parallel.size)[parallel.rank])
     model.to(dtype)
-    prepare_parameters(model, config, parallel)
+    prepare_parameters(model.named_parameters(), config, parallel)
     if case.is_compiled and parallel.size > 1:
         model.compile_blocks(backend="aot_eager")
     return model.train()
@@ -183,7 +183,7 @@ def compare(case: Case, parallel: TensorParallel, dtype: torch.dtype) -> Compare
     least = norm_of(wanted) / 100
     differences = {name: float((found[name] - wanted[name]).norm()) / max(float(wanted[name].norm()), least) for name in wanted}
     errors = [norm_of({name: found_here[name] - exact[name] for name in exact}) / norm_of(exact) for found_here in (wanted, found)]
-    norms = [float(norm_over_shards(own_gradients(model), model.parallel.axis)) for model in (whole, shard)]
+    norms = [float(norm_over_shards(own_gradients(model), shards=model.parallel.axis, along=model.parallel.axis)) for model in (whole, shard)]
     return Compared(losses=losses, norms=(norms[0], norms[1]), differences=differences, errors=(errors[0], errors[1]), same_weights=same, agree=agree)
 
 

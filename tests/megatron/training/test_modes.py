@@ -74,12 +74,12 @@ MODES: dict[str, dict[str, object]] = {
 CLOSE = {"rtol": 0.0, "atol": 1e-4}
 
 
-def resolved(keys: dict[str, object], folder: Path, prefix: str, **overrides: object) -> Config:
+def resolved(keys: dict[str, object], folder: Path, prefix: str, *, world_size: int = 1, **overrides: object) -> Config:
     """The configuration of a file with the base keys and these, saving below ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {**BASE, **keys, "data-path": prefix, "save": str(folder / "save")}
     (folder / "run.yml").write_text(json.dumps(content))
-    return load_config([folder / "run.yml"], overrides=overrides, world_size=1, device="cpu")
+    return load_config([folder / "run.yml"], overrides=overrides, world_size=world_size, device="cpu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,12 +21,14 @@ TWO: dict[str, dict[str, object]] = {
     "two replicas, ZeRO 3": {"zero_stage": 3},
     "two shards": {"model_parallel_size": 2},
     "two shards, ZeRO 1, cut sequence": {"model_parallel_size": 2, "sequence_parallel": True, "zero_stage": 1},
+    "two stages": {"pipe_parallel_size": 2, "pipe_partition_method": "uniform"},
+    "two stages, ZeRO 1": {"pipe_parallel_size": 2, "pipe_partition_method": "parameters", "zero_stage": 1},
 }
 """Layouts of two processes."""
 
 
 def on_two(prefix: str, save: Path, way: dict[str, object], **checkpoint: object) -> Config:
-    replicas = 2 // int(str(way.get("model_parallel_size", 1)))
+    replicas = 1 if {"model_parallel_size", "pipe_parallel_size"} & way.keys() else 2
     return tiny_config(
         prefix,
         save,
