@@ -78,9 +78,23 @@ class KeyRanges:
 
     def unread_keys(self) -> Tensor:
         """Keys that no query reads: padding, and what the windows have left behind. ``[B, S]`` bool, O(T + S)."""
-        is_far_read = _covered(self.far_lo, self.far_hi, self.index.shape[1]).int()
-        reads = _covered(self.band_lo, self.band_hi, self.num_keys).int()
+        is_far_read = covered(self.far_lo, self.far_hi, self.index.shape[1]).int()
+        reads = covered(self.band_lo, self.band_hi, self.num_keys).int()
         return reads.scatter_add_(1, self.index.long(), is_far_read) == 0
+
+    def at(self, queries: Tensor) -> KeyRanges:
+        """The ranges of these ``queries [T]`` alone, ascending, over the same keys."""
+        return replace(
+            self,
+            far_lo=self.far_lo[:, queries],
+            far_hi=self.far_hi[:, queries],
+            band_lo=self.band_lo[:, queries],
+            band_hi=self.band_hi[:, queries],
+            is_causal=False,
+            extremes=self.extremes and (self.extremes[0][:, queries], self.extremes[1][:, queries]),
+            host=self.host and self.host.at(queries.to("cpu")),
+            derived={},
+        )
 
     def dense(self) -> Tensor:
         """The mask that these ranges stand for. ``[B, T, S]`` bool, True where the query reads the key."""
@@ -521,7 +535,7 @@ def _columns(start: int, count: int, device: torch.device) -> Tensor:
     return torch.arange(start, start + count, dtype=torch.int32, device=device)
 
 
-def _covered(low: Tensor, high: Tensor, count: int) -> Tensor:
+def covered(low: Tensor, high: Tensor, count: int) -> Tensor:
     """Which of ``count`` columns lie in any of a row's ranges ``low <= c < high``, each ``[B, T]``. ``[B, count]`` bool."""
     change = torch.zeros(low.shape[0], count + 1, dtype=torch.int32, device=low.device)
     is_used = (high > low).int()

@@ -57,7 +57,6 @@ NOT_BUILT_YET: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (lambda config: config.model.pos_emb == "rpe", "pos_emb rpe: relative position buckets are not built yet."),
     (lambda config: config.model.use_mup, "use_mup: muP is not built yet."),
     (lambda config: config.model.num_unique_layers is not None, "num_unique_layers: layers that share parameters are not built yet."),
-    (lambda config: config.parallel.context_parallel_size > 1, "context_parallel_size above 1: context parallelism is not built yet; use 1."),
     (
         lambda config: config.generation.text_gen_type == "precompute",
         "text_gen_type precompute: it serves preference training, which is not offered.",
@@ -246,6 +245,22 @@ def _check_zero(settings: Settings) -> Iterator[Mistake]:
         yield Mistake(keys=keys, text=text)
 
 
+def _check_context_parallel(settings: Settings) -> Iterator[Mistake]:
+    pieces = settings.get_or("context_parallel_size", 1)
+    if pieces == 1:
+        return
+    if settings.get_or("pipe_parallel_size", 0) > 1:
+        text = f"context_parallel_size ({pieces}) does not work with pipe_parallel_size above 1: use one of them, and model_parallel_size beside it."
+        yield Mistake(keys=("context_parallel_size", "pipe_parallel_size"), text=text)
+    length = settings.need("seq_length", int)
+    if length % (2 * pieces):
+        text = (
+            f"seq_length ({length}) must be a multiple of 2 x context_parallel_size ({pieces}), because each device has two chunks of every "
+            f"sample: use seq_length {-(-length // (2 * pieces)) * 2 * pieces}, or another number of devices."
+        )
+        yield Mistake(keys=("seq_length", "context_parallel_size"), text=text)
+
+
 def _check_vocabulary(settings: Settings, config: Config) -> Iterator[Mistake]:
     size, padded = config.model.vocab_size, config.model.padded_vocab_size
     if size is not None and padded is not None and size > padded:
@@ -360,6 +375,12 @@ def _check_compile(settings: Settings, config: Config) -> Iterator[Mistake]:
         yield Mistake(keys=("compile", "recompute_granularity"), text=text)
 
 
+def _check_core_of_pieces(settings: Settings, config: Config) -> Iterator[Mistake]:
+    if config.parallel.context_parallel_size > 1 and config.attention.core == "sdpa":
+        text = "core sdpa computes whole sequences only, and context_parallel_size above 1 cuts them: leave the core to auto."
+        yield Mistake(keys=("core", "context_parallel_size"), text=text)
+
+
 def _check_confirmed(settings: Settings, config: Config) -> Iterator[Mistake]:
     """Keys of saved configurations that repeat a result must agree with it."""
     for key, rule in KEYS.items():
@@ -386,6 +407,7 @@ _SETTINGS_CHECKS: tuple[Callable[[Settings], Iterator[Mistake]], ...] = (
     _check_data_paths,
     _check_parallel_lists,
     _check_zero,
+    _check_context_parallel,
 )
 _CONFIG_CHECKS: tuple[Callable[[Settings, Config], Iterator[Mistake]], ...] = (
     _check_vocabulary,
@@ -394,5 +416,6 @@ _CONFIG_CHECKS: tuple[Callable[[Settings, Config], Iterator[Mistake]], ...] = (
     _check_pipeline,
     _check_tensor_parallel,
     _check_compile,
+    _check_core_of_pieces,
     _check_confirmed,
 )

@@ -9,7 +9,7 @@ def deepspeed_config(config: Config) -> dict[str, object]:
     """DeepSpeed's configuration of this run: batch, clipping, ZeRO, precision, printing, and what passes through."""
     is_pipeline = config.parallel.pipe_parallel_size > 1  # whose timers DeepSpeed 0.19 starts twice, and fails
     own: dict[str, object] = {
-        "train_batch_size": config.batch.train_batch_size,
+        "train_batch_size": config.batch.train_batch_size * config.parallel.context_parallel_size,  # pieces count as data-parallel devices there
         "train_micro_batch_size_per_gpu": config.batch.train_micro_batch_size_per_gpu,
         "gradient_accumulation_steps": config.batch.gradient_accumulation_steps,
         "gradient_clipping": config.optimizer.gradient_clipping,

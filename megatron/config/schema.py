@@ -190,6 +190,7 @@ class ParallelConfig(Group):
     model_parallel_size: int = 1
     sequence_parallel: bool = False
     context_parallel_size: int = 1
+    """Pieces that every sample is cut into, one a device."""
     pipe_partition_method: str = "type:transformer|mlp"
     zero_stage: int = 0
     zero_optimization: dict[str, JsonValue] = {}

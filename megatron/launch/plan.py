@@ -49,6 +49,7 @@ def _parallel_layout(config: Config) -> str:
     parallel = config.parallel
     sizes = {
         "data parallel": config.batch.data_parallel_size,
+        "context": parallel.context_parallel_size,
         "tensor": parallel.model_parallel_size,
         "pipeline": max(1, parallel.pipe_parallel_size),
     }

@@ -20,8 +20,9 @@ from megatron.model.cache import KeyValueCache
 from megatron.model.embedding import Embedding
 from megatron.model.init import initialise
 from megatron.model.norms import make_norm
-from megatron.model.passes import LayerPass, layer_passes
+from megatron.model.passes import LayerPass, layer_passes, positions_of
 from megatron.model.recompute import Recompute
+from megatron.parallel.context import ContextLayout
 from megatron.parallel.linear import ColumnLinear, column_product
 from megatron.parallel.mesh import Axis
 from megatron.parallel.parameters import prepare_parameters
@@ -29,7 +30,6 @@ from megatron.parallel.regions import TensorParallel
 from megatron.parallel.vocab import whole_statistics
 from sepllm.layout import TokenLayout
 from sepllm.ops.cross_entropy import cross_entropy as fused_cross_entropy
-from sepllm.positions import Positions
 
 EMBEDDING = 0
 """Place of the embedding in the list of layers. Places 1 and ``num_layers + 2`` reshape in GPT-NeoX and hold nothing."""
@@ -48,7 +48,7 @@ class LabelledBatch(Protocol):
     @property
     def loss_mask(self) -> Tensor: ...
     @property
-    def layout(self) -> TokenLayout: ...
+    def layout(self) -> TokenLayout | ContextLayout: ...
 
 
 def build_model(config: Config, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None, shards: Axis = Axis()) -> GPTModel:
@@ -146,14 +146,14 @@ class GPTModel(nn.Module):
         """Which core computed each layer of the last forward pass."""
         self.sequential = nn.ModuleDict({str(place): plan.make() for place, plan in layer_plans(config, parallel=parallel).items()})
 
-    def forward(self, ids: Tensor, layout: TokenLayout, *, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, ids: Tensor, layout: TokenLayout | ContextLayout, *, cache: KeyValueCache | None = None) -> Tensor:
         """Logits of the layout's queries, ``[B, T, V]``.
 
         ``ids [B, T]`` are the last T columns of ``layout``. The columns before them must be in ``cache``, which grows by T.
         """
         self._check(ids, layout, cache)
         embedding = cast(Embedding, self.sequential[str(EMBEDDING)])
-        positions = Positions.of(layout, segment_end_ids=self.config.bipe_separator_ids if self.config.use_bipe else None)
+        positions = positions_of(layout, self.config)
         if embedding.position_embeddings is not None:
             positions.check_embedded(self.config.max_position_embeddings, offset=self.config.opt_pos_emb_offset)
         hidden_BTD = embedding(ids, positions.embedded)
@@ -181,7 +181,7 @@ class GPTModel(nn.Module):
     def _blocks(self) -> list[nn.Module]:
         return [self.sequential[str(FIRST_BLOCK + layer)] for layer in range(self.config.num_layers)]
 
-    def _check(self, ids: Tensor, layout: TokenLayout, cache: KeyValueCache | None) -> None:
+    def _check(self, ids: Tensor, layout: TokenLayout | ContextLayout, cache: KeyValueCache | None) -> None:
         num_keys = layout.ids.shape[1]
         if ids.shape != (layout.ids.shape[0], layout.num_queries):
             raise ValueError(f"ids is {tuple(ids.shape)} but the layout has {layout.num_queries} queries in each of {layout.ids.shape[0]} rows.")

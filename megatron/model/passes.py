@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from megatron.config.schema import ModelConfig
 from megatron.model.cache import KeyValueCache
+from megatron.parallel.context import ContextLayout, KeyExchange
 from megatron.parallel.regions import TensorParallel
 from sepllm.attention import PositionBias, prepare, spec_of
 from sepllm.layout import KeyRanges, TokenLayout
@@ -29,10 +30,21 @@ class LayerPass:
     """Cosines and sines, ``[B, T, R]``."""
     bias: PositionBias | None
     cache: KeyValueCache | None
+    exchange: KeyExchange | None = None
+    """Where other processes have some of the keys."""
+
+
+def positions_of(layout: TokenLayout | ContextLayout, config: ModelConfig) -> Positions:
+    """The positions of the layout's queries, and of all columns of the text."""
+    segment_end_ids = config.bipe_separator_ids if config.use_bipe else None
+    if not isinstance(layout, ContextLayout):
+        return Positions.of(layout, segment_end_ids=segment_end_ids)
+    whole = Positions.of(layout.whole, segment_end_ids=segment_end_ids)
+    return replace(whole, embedded=whole.embedded[:, layout.columns], queries=whole.queries[:, layout.columns])
 
 
 def layer_passes(
-    layout: TokenLayout,
+    layout: TokenLayout | ContextLayout,
     positions: Positions,
     config: ModelConfig,
     *,
@@ -47,7 +59,7 @@ def layer_passes(
 
     ``like``: a tensor of the dtype and device that the layers compute with.
     """
-    rotary = bias = None
+    rotary = slopes = None
     if config.pos_emb == "rotary":
         rotary = rotary_table(
             positions.queries,
@@ -58,15 +70,19 @@ def layer_passes(
         )
     if config.pos_emb == "alibi":
         slopes = parallel.own(alibi_slopes(config.num_attention_heads), dim=0).to(like.device)
-        bias = PositionBias(slopes=slopes, query_positions=positions.queries, key_positions=positions.keys)
     softmax = layout.pattern.softmax
     dropout = config.attention_dropout if is_training else 0.0
 
-    def core_of(ranges: KeyRanges) -> str:
-        return prepare(ranges, spec_of(like, ranges, softmax=softmax, bias=bias, dropout=dropout, needs_grad=torch.is_grad_enabled()), core)
+    def of_layer(layer: int) -> LayerPass:
+        ranges, exchange, keys = layout.ranges(layer), None, positions.keys
+        if isinstance(layout, ContextLayout):
+            exchange, keys = layout.exchange(layer), keys.gather(1, layout.key_columns(layer))
+        bias = None if slopes is None else PositionBias(slopes=slopes, query_positions=positions.queries, key_positions=keys)
+        spec = spec_of(like, ranges, softmax=softmax, bias=bias, dropout=dropout, needs_grad=torch.is_grad_enabled())
+        chosen = prepare(ranges, spec, core)
+        return LayerPass(ranges=ranges, core=chosen, softmax=softmax, rotary=rotary, bias=bias, cache=cache, exchange=exchange)
 
-    wanted = [layout.ranges(layer) for layer in (range(config.num_layers) if layers is None else layers)]
-    return [LayerPass(ranges=ranges, core=core_of(ranges), softmax=softmax, rotary=rotary, bias=bias, cache=cache) for ranges in wanted]
+    return [of_layer(layer) for layer in (range(config.num_layers) if layers is None else layers)]
 
 
 def rotary_dims(config: ModelConfig) -> int:

@@ -23,8 +23,8 @@ Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManage
 MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 COLLECTIVES = ("all_reduce", "reduce_scatter_tensor")
 """Sums over the shards of a layer, which would be sent once more."""
-ATTENTION = ("scaled_dot_product", "sep_attention", "flex_attention", "chunked", "rotate_packed")
-"""Beginnings of names. The rotation is kept with the projection that it overwrites."""
+ATTENTION = ("scaled_dot_product", "sep_attention", "flex_attention", "chunked", "rotate_packed", "exchange_keys")
+"""Beginnings of names. The rotation is kept with the projection that it overwrites, fetched keys lest they be fetched again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

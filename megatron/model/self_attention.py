@@ -53,6 +53,8 @@ class SelfAttention(nn.Module):
         q_BTNH, k_BTKH, v_BTKH = self._heads(self.query_key_value(hidden_BTD), shared.rotary)
         if shared.cache is not None:
             k_BSKH, v_BSKH = shared.cache.append(self.layer, k_BTKH, v_BTKH)
+        elif shared.exchange is not None:
+            k_BSKH, v_BSKH = shared.exchange(k_BTKH, v_BTKH)
         else:
             k_BSKH, v_BSKH = k_BTKH, v_BTKH
         with self._own_random(q_BTNH.device):

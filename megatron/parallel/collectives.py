@@ -58,6 +58,11 @@ def sum_along(value: Tensor, axis: Axis) -> Tensor:
     return total
 
 
+def mean_over_context(value: Tensor, mesh: Mesh) -> Tensor:
+    """The mean of ``value`` (any shape, floating) over the pieces of the same samples, on each process that has one."""
+    return sum_along(value, mesh.context) / mesh.context.size
+
+
 def is_true_anywhere(flag: bool, mesh: Mesh) -> bool:
     """Whether ``flag`` is true on any process."""
     if mesh.world_size == 1:

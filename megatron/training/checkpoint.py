@@ -95,7 +95,7 @@ def save_checkpoint(
             shape=Shape.of(config),
             schedule=saved_schedule,
             world_size=mesh.world_size,
-            data_parallel_size=mesh.data.size,
+            data_parallel_size=mesh.gradients.size,
             pipe_parallel_size=config.parallel.pipe_parallel_size,
             zero_stage=config.parallel.zero_stage,
             precision=config.precision.precision,

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from megatron.data.batch import Batch
 from megatron.data.tokenizer import Tokenizer
-from megatron.parallel.collectives import from_last_stage, mean_over_data_parallel
+from megatron.parallel.collectives import from_last_stage, mean_over_context, mean_over_data_parallel
 from megatron.parallel.mesh import Mesh
 from megatron.training import stages
+from megatron.training.pieces import own_piece
 from megatron.training.step import batch_loss
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def evaluate(
     losses = (stages.evaluated_losses if mesh.pipe.size > 1 else evaluated_losses)(engine, labels, mesh, count=count)
     engine.train()
     total = torch.tensor([float(losses.double().sum()), labels.tokens, labels.characters], dtype=torch.float64, device=mesh.device)
-    loss, tokens, characters = mean_over_data_parallel(from_last_stage(total / count, mesh), mesh).tolist()
+    loss, tokens, characters = mean_over_data_parallel(mean_over_context(from_last_stage(total / count, mesh), mesh), mesh).tolist()
     metrics = {f"{label}/lm_loss": loss, f"{label}/lm_loss_ppl": math.exp(min(LARGEST_EXPONENT, loss))}
     if tokenizer is not None:
         metrics[f"{label}/lm_loss_char_lvl_ppl"] = math.exp(min(LARGEST_EXPONENT, loss * tokens / max(characters, 1)))
@@ -45,7 +46,7 @@ def evaluate(
 
 def evaluated_losses(engine: DeepSpeedEngine, batches: Iterator[Batch], mesh: Mesh, *, count: int) -> Tensor:
     """The losses of ``count`` micro-batches by a model that each process has whole."""
-    return torch.stack([batch_loss(engine, next(batches).to(mesh.device)) for _ in range(count)])
+    return torch.stack([batch_loss(engine, own_piece(next(batches), mesh)) for _ in range(count)])
 
 
 class Labels:

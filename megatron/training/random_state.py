@@ -25,7 +25,7 @@ class RandomState(TypedDict):
 
 
 def seed_replica(seed: int, *, replica: int) -> None:
-    """Seeds dropout and everything else random: another stream for each data-parallel ``replica``."""
+    """Seeds dropout and everything else random: another stream for each data-parallel ``replica`` and each piece of its samples."""
     random.seed(seed + replica)
     np.random.seed((seed + replica) % 2**32)
     torch.manual_seed(seed + replica)

@@ -12,10 +12,11 @@ from torch import Tensor
 from megatron.data.batch import Batch
 from megatron.model.gpt import cross_entropy
 from megatron.optim.build import set_learning_rate
-from megatron.parallel.collectives import mean_over_data_parallel
+from megatron.parallel.collectives import mean_over_context, mean_over_data_parallel
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.parameters import norm_over_shards
 from megatron.training import stages
+from megatron.training.pieces import Piece, own_piece
 from megatron.training.ratios import Ratios
 
 if TYPE_CHECKING:
@@ -80,13 +81,13 @@ def trained_losses(engine: DeepSpeedEngine, batches: Iterator[Batch], mesh: Mesh
     engine.train()
     losses: list[Tensor] = []
     for _ in range(engine.gradient_accumulation_steps()):
-        loss = batch_loss(engine, next(batches).to(mesh.device))
+        loss = batch_loss(engine, own_piece(next(batches), mesh))
         engine.backward(loss)
         losses.append(loss.detach())
         if engine.is_gradient_accumulation_boundary():
             before_update()
         engine.step()
-    return torch.stack(losses)
+    return mean_over_context(torch.stack(losses), mesh)
 
 
 class Counted:
@@ -105,11 +106,12 @@ class Counted:
         return batch
 
 
-def batch_loss(engine: DeepSpeedEngine, batch: Batch) -> Tensor:
-    """Mean loss of the micro-batch's unmasked tokens, a scalar."""
+def batch_loss(engine: DeepSpeedEngine, batch: Batch | Piece) -> Tensor:
+    """Mean loss of the micro-batch's unmasked tokens, a scalar. Of a piece: what has this mean over all pieces of the micro-batch."""
     logits = engine(batch.ids, batch.layout)
     in_fp32 = not engine.module.config.fp16_lm_cross_entropy
-    return cross_entropy(logits, batch.labels, batch.loss_mask, in_fp32=in_fp32, shards=engine.module.parallel.axis)
+    loss = cross_entropy(logits, batch.labels, batch.loss_mask, in_fp32=in_fp32, shards=engine.module.parallel.axis)
+    return loss * batch.weight.to(loss.dtype) if isinstance(batch, Piece) else loss
 
 
 def loss_scale(engine: DeepSpeedEngine) -> float | None:

@@ -73,12 +73,12 @@ def prepare(config: Config, mesh: Mesh) -> Run:
         raise ValueError("\n".join(reasons))
     _decided_by_first(lambda: check_save_path(config.checkpoint.save), mesh)
     found = _decided_by_first(lambda: find_checkpoint(config.checkpoint), mesh)
-    resumed = resumption(found, config, data_parallel_size=mesh.data.size)
+    resumed = resumption(found, config, data_parallel_size=mesh.gradients.size)
     tokenizer = build_tokenizer(config.tokenizer)
     check_vocabulary(tokenizer, config)
     data = RunData.open(config, mesh, tokenizer)
     engine = _engine(config, mesh, found, resumed, document_end_id=data.document_end_id)
-    seed_replica(config.training.seed, replica=mesh.data.rank + mesh.data.size * mesh.pipe.rank)  # shards of one replica draw alike
+    seed_replica(config.training.seed, replica=mesh.gradients.rank + mesh.gradients.size * mesh.pipe.rank)  # shards of one replica draw alike
     has_random_state = found is not None and resumed.takes_random_state and restore_random_state(found, mesh)
     progress = resumed.progress
     bar = data.train_iters if config.logging.progress_bar else None

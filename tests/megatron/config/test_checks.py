@@ -74,10 +74,21 @@ def test_what_contradicts_is_named_with_a_remedy(keys: dict[str, object], words:
         ({"model_parallel_size": 2, "zero_optimization": {"stage": 3}}, "nothing reads what ZeRO 3 saves of sharded weights"),
         ({"model_parallel_size": 2, "precision": "bfloat16"}, "clips by the norm of the first shard alone: set zero_optimization.stage to 1"),
         ({"model_parallel_size": 2, "compile": True, "attention-dropout": 0.1}, "set compile to false, or attention_dropout"),
+        ({"context_parallel_size": 2, "pipe_parallel_size": 2}, "context_parallel_size (2) does not work with pipe_parallel_size above 1"),
+        ({"context_parallel_size": 2, "seq-length": 126}, "seq_length (126) must be a multiple of 2 x context_parallel_size (2)"),
+        ({"context_parallel_size": 2, "seq-length": 126}, "use seq_length 128"),
+        ({"context_parallel_size": 2, "core": "sdpa"}, "core sdpa computes whole sequences only"),
     ],
 )
 def test_parallel_layouts_that_do_not_work_are_refused(keys: dict[str, object], words: str, mistakes: Mistakes) -> None:
     assert words in "\n".join(mistakes(keys, world_size=2))
+
+
+@pytest.mark.parametrize("others", [{}, {"zero_optimization": {"stage": 3}}, {"compile": True}, {"checkpoint_activations": True}, SEPLLM])
+def test_pieces_of_a_sequence_start_with_every_engine(others: dict[str, object], resolve: Resolve) -> None:
+    config = resolve({"context_parallel_size": 2, **others}, world_size=4).config
+    assert not check_startable(config, has_fp16=True)
+    assert config.batch.data_parallel_size == 2
 
 
 @pytest.mark.parametrize("config", [[[["flash"], 4]], [[["global"], "all"]], [[["flash", "global"], 2]], [[["flash"], 1], [["global"], 3]]])
@@ -91,7 +102,6 @@ def test_global_and_flash_layers_are_the_same(config: object, resolve: Resolve) 
         ({"pos-emb": "rpe"}, "pos_emb rpe"),
         ({"use_mup": True}, "use_mup"),
         ({"num_unique_layers": 2}, "num_unique_layers"),
-        ({"context_parallel_size": 2}, "context_parallel_size above 1"),
         ({"text_gen_type": "precompute"}, "text_gen_type precompute"),
     ],
 )
