@@ -95,7 +95,7 @@ def _put_scattered(engine: DeepSpeedEngine, parameter: nn.Parameter) -> Put:
     """ZeRO 3: an equal piece on every rank, the last ones padded, in one flat tensor of several parameters."""
     wrapper = engine.optimizer
     group, start, length = wrapper.grad_position[wrapper.get_param_id(parameter)]
-    rank = torch.distributed.get_rank(parameter.ds_process_group)  # type: ignore[attr-defined]
+    rank = wrapper._get_param_partition_rank(parameter)
     flat = wrapper.fp32_partitioned_groups_flat[group]
 
     def put(key: str, values: Tensor) -> None:

@@ -3,8 +3,8 @@
     python -m tools.bench.layouts --save
 
 Every run trains the same small model on the same tokens from the same seed, through the trainer, on processes of this machine (gloo). Sums
-in another order round differently, and training amplifies that: how far apart runs may be is measured by running one process again with
-all its samples in one micro-batch. Another sample anywhere would show in the losses.
+in another order round differently, and training amplifies that: how far apart runs may be is measured by running one process twice more,
+with all its samples in one micro-batch, and with its operators in plain torch. Another sample anywhere would show in the losses.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,9 +42,9 @@ SEPARATORS = [46, 44, 63, 33, 59, 58, 32, 9, 10]
 SAMPLES = 8
 """Of a step."""
 ALLOWED = 4.0
-"""Times what the second run of one process shows, beyond which a layout counts as different."""
+"""Times what the other runs of one process show, beyond which a layout counts as different."""
 LEAST = {"fp32": 2e-6, "bfloat16": 4e-3}
-"""Relative difference that the second run could have shown, where it shows less."""
+"""Relative difference that those could have shown, where they show less."""
 WINDOWS = {
     "prefill_local_window_size": 16,
     "generate_local_window_size": 16,
@@ -131,10 +131,17 @@ class Case:
     precision: str
     layout: Layout
     micro_batch: int = 1
+    operators: str = "auto"
+    """What the environment says of them: see `sepllm.ops.choice`."""
 
     @property
     def name(self) -> str:
-        return f"{self.method}-{self.precision}-{self.layout}" + ("" if self.micro_batch == 1 else f"-micro{self.micro_batch}")
+        return f"{self.method}-{self.precision}-{self.layout}-micro{self.micro_batch}-{self.operators}"
+
+    @property
+    def again(self) -> tuple[Case, Case]:
+        """Two other runs of one process, which differ from this one by rounding."""
+        return replace(self, micro_batch=SAMPLES), replace(self, operators="reference")
 
     def config(self, folder: Path, *, steps: int) -> Config:
         """The run of this case, on the tokens of ``folder``, which keeps its checkpoint too."""
@@ -200,6 +207,10 @@ class Distance:
             loss=_relative(run.losses + run.validation, other.losses + other.validation), norm=_relative(run.norms, other.norms), weights=apart / way
         )
 
+    @classmethod
+    def largest(cls, distances: Sequence[Distance]) -> Distance:
+        return cls(**{field.name: max(getattr(distance, field.name) for distance in distances) for field in fields(cls)})
+
     def is_within(self, noise: Distance, *, least: float) -> bool:
         """Whether none is beyond what ``noise`` allows."""
         pairs = ((self.loss, noise.loss), (self.norm, noise.norm), (self.weights, noise.weights))
@@ -248,12 +259,12 @@ def run(arguments: argparse.Namespace) -> tuple[report.Result, list[str]]:
         folder = Path(scratch)
         write_text(folder / "text")
         configs = {case: case.config(folder, steps=arguments.steps) for case in cases}
-        jobs: dict[int, list[Case]] = defaultdict(list)
+        jobs: dict[tuple[int, str], list[Case]] = defaultdict(list)
         for case in cases:
-            jobs[case.layout.processes].append(case)
-        for processes, together in sorted(jobs.items()):
+            jobs[case.layout.processes, case.operators].append(case)
+        for (processes, operators), together in sorted(jobs.items()):
             print(f"{len(together)} runs on {processes} process{'es' if processes > 1 else ''}", flush=True)
-            train_on([configs[case] for case in together], processes=processes, folder=folder)
+            train_on([configs[case] for case in together], processes=processes, operators=operators, folder=folder)
         outcomes = {case: Outcome.read(configs[case], steps=arguments.steps) for case in cases}
         starts = {case.method: build_model(configs[case], device="cpu", dtype=torch.float32).state_dict() for case in cases}
     rows = compare(outcomes, starts)
@@ -274,14 +285,21 @@ def run(arguments: argparse.Namespace) -> tuple[report.Result, list[str]]:
 
 
 def cases_of(arguments: argparse.Namespace) -> list[Case]:
-    """One process twice for each method and precision, and its layouts."""
+    """One process three times for each method and precision, and its layouts."""
     cases = []
     for precision in arguments.precisions:
         for method in arguments.methods:
             layouts = arguments.layouts if method == "sepllm" else arguments.layouts_of_methods
-            cases += [Case(method=method, precision=precision, layout=ONE, micro_batch=size) for size in (1, SAMPLES)]
-            cases += [Case(method=method, precision=precision, layout=Layout.parse(layout)) for layout in layouts]
+            one = Case(method=method, precision=precision, layout=ONE)
+            cases += [one, *one.again]
+            cases += [Case(method=method, precision=precision, layout=_startable(Layout.parse(layout), precision)) for layout in layouts]
     return cases
+
+
+def _startable(layout: Layout, precision: str) -> Layout:
+    """With ZeRO 1 where DeepSpeed's bf16 optimizer alone would count a part of the gradients only."""
+    is_cut = layout.tp > 1 or layout.pp > 1
+    return replace(layout, zero=1) if is_cut and precision != "fp32" and layout.zero == 0 else layout
 
 
 def write_text(prefix: Path) -> None:
@@ -294,12 +312,18 @@ def write_text(prefix: Path) -> None:
             writer.add_document(ids)
 
 
-def train_on(configs: Sequence[Config], *, processes: int, folder: Path) -> None:
+def train_on(configs: Sequence[Config], *, processes: int, operators: str, folder: Path) -> None:
     """Trains one configuration after the other on so many processes of this machine. RuntimeError with what they printed where one fails."""
-    paths = [folder / f"{processes}-{place}.json" for place in range(len(configs))]
+    paths = [folder / f"{processes}-{operators}-{place}.json" for place in range(len(configs))]
     for path, config in zip(paths, configs, strict=True):
         path.write_text(config_to_json(config), encoding="utf-8")
-    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    shared = {
+        "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+        "SEPLLM_OPS": operators,
+    }
     workers, logs = [], [folder / f"{processes}-rank{rank}.log" for rank in range(processes)]
     for rank, log in enumerate(logs):
         own = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)}
@@ -339,7 +363,7 @@ class Row:
     case: Case
     distance: Distance
     noise: Distance
-    """Of one process with another micro-batch."""
+    """Of one process, with another micro-batch or other operators."""
 
     @property
     def is_same(self) -> bool:
@@ -372,16 +396,17 @@ def compare(outcomes: Mapping[Case, Outcome], starts: Mapping[str, Mapping[str, 
     for case, outcome in outcomes.items():
         if case.layout == ONE:
             continue
-        one, again = (outcomes[Case(method=case.method, precision=case.precision, layout=ONE, micro_batch=size)] for size in (1, SAMPLES))
+        one = Case(method=case.method, precision=case.precision, layout=ONE)
         start = starts[case.method]
-        rows.append(Row(case=case, distance=Distance.between(outcome, one, start=start), noise=Distance.between(again, one, start=start)))
+        noise = Distance.largest([Distance.between(outcomes[again], outcomes[one], start=start) for again in one.again])
+        rows.append(Row(case=case, distance=Distance.between(outcome, outcomes[one], start=start), noise=noise))
     return rows
 
 
 def table(rows: Sequence[Row]) -> report.Table:
     columns = ("method", "layout", "precision", "loss", "allowed by", "grad norm", "allowed by", "weights", "allowed by", "same")
     title = (
-        "Largest relative difference to one process, and, under *allowed by*, that of one process to itself with all samples in one micro-batch. "
+        "Largest relative difference to one process, and, under *allowed by*, that of one process to itself with another micro-batch or operators. "
         f"Same: at most {ALLOWED:g} times that, or times {LEAST['fp32']:g} (fp32) and {LEAST['bfloat16']:g} (bfloat16) where it is less."
     )
     return report.Table(title=title, columns=columns, rows=[row.cells for row in rows])
