@@ -25,7 +25,7 @@ class Arguments:
     devices: int | None = None
     """Plan for this many devices. None: for those that are there."""
     dry_run: bool = False
-    """Print the command and start nothing."""
+    """Print the command of each host and start nothing."""
 
 
 def parse(argv: Sequence[str]) -> Arguments:
@@ -35,7 +35,10 @@ def parse(argv: Sequence[str]) -> Arguments:
     add_config_arguments(parser)
     parser.add_argument("--check", action="store_true", help="print the resolved plan and start nothing")
     parser.add_argument("--devices", type=int, metavar="N", help="with --check: plan for N devices, whatever is there")
-    parser.add_argument("--dry-run", action="store_true", help="print the command and start nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the command of each host and start nothing")
+    parser.add_argument(
+        "--no-preflight", dest="no_ssh_check", action="store_const", const=True, help="the key no_ssh_check: do not ask other hosts before starting"
+    )
     parser.add_argument("--autotuning", choices=["tune", "run"], help=argparse.SUPPRESS)
     given = parser.parse_intermixed_args(argv)
     if given.autotuning:
@@ -76,12 +79,13 @@ _KEY_FLAGS = (
     "hostfile",
     "sample_input_file",
     "sample_output_file",
+    "no_ssh_check",
 )
 
 
 def overrides_of(given: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, object]:
     """The keys that the command line changes. A flag that was not given changes nothing."""
-    overrides: dict[str, object] = {key: getattr(given, key) for key in _KEY_FLAGS if getattr(given, key) is not None}
+    overrides: dict[str, object] = {key: value for key in _KEY_FLAGS if (value := getattr(given, key, None)) is not None}
     for text in given.set:
         try:
             key, value = parse_override(text)

@@ -26,10 +26,15 @@ def worker_variables(environ: Mapping[str, str], *, device: str, local_size: int
     if device == "cpu":
         wanted |= {"DS_ACCELERATOR": "cpu", **KEEP_FREED_MEMORY}
     added = {name: value for name, value in wanted.items() if not environ.get(name)}
-    path = environ.get("PYTHONPATH", "").split(os.pathsep)
-    if str(REPOSITORY) not in path:
-        added["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), *filter(None, path)])
+    if python_path(environ) != environ.get("PYTHONPATH"):
+        added["PYTHONPATH"] = python_path(environ)
     return added
+
+
+def python_path(environ: Mapping[str, str]) -> str:
+    """PYTHONPATH with the repository in it."""
+    path = [place for place in environ.get("PYTHONPATH", "").split(os.pathsep) if place]
+    return os.pathsep.join(path if str(REPOSITORY) in path else [str(REPOSITORY), *path])
 
 
 def extensions_folder(environ: Mapping[str, str]) -> Path:

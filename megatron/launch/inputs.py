@@ -71,6 +71,11 @@ def obstacles(config: Config, *, script: str, has_fp16: bool) -> list[str]:
     return found
 
 
+def nearest_folder(folder: Path) -> Path:
+    """This folder, or the nearest above it that exists."""
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+
+
 def _exists(name: str) -> bool:
     from megatron.data.remote import exists, is_remote
 
@@ -83,7 +88,7 @@ def _listed(files: tuple[str, ...]) -> str:
 
 def _unwritable(folder: Path) -> str | None:
     """Why this folder, which need not exist yet, cannot be written to."""
-    nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    nearest = nearest_folder(folder)
     if not nearest.is_dir():
         return f"{nearest} is a file"
     return None if os.access(nearest, os.W_OK | os.X_OK) else f"{nearest} is read-only for you"

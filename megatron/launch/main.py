@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from megatron.config.loader import LoadedConfig, load_launch
 from megatron.launch import runner
@@ -50,16 +48,15 @@ def _start(arguments: Arguments, environ: Mapping[str, str]) -> int:
     resources = _resources(arguments, environ)
     loaded = _load(arguments, resources)
     found = obstacles(loaded.config, script=arguments.script, has_fp16=computes_in_fp16(resources.device))
-    with tempfile.TemporaryDirectory(prefix="sepllm-") as folder:
-        job = runner.make_job(loaded.config, resources, script=script, folder=Path(folder), environ=environ)
-        if arguments.dry_run:
-            print(job)
-            return 0
-        if found:
-            raise ValueError("\n".join(found))
-        for note in loaded.notes:
-            print(note, file=sys.stderr)
-        return runner.run(job, environ)
+    job = runner.make_job(loaded.config, resources, script=script)
+    if arguments.dry_run:
+        print(runner.dry_run(job, environ))
+        return 0
+    if found:
+        raise ValueError("\n".join(found))
+    for note in loaded.notes:
+        print(note, file=sys.stderr)
+    return runner.run(job, environ)
 
 
 def _resources(arguments: Arguments, environ: Mapping[str, str]) -> Resources:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 from megatron.config.schema import LaunchConfig
+from megatron.launch.node import Slots
 
-Slots = tuple[int | str, ...]
 DEFAULT_HOSTFILE = Path("/job/hostfile")
 LOCALHOST = "localhost"
 _CPU_INFO = Path("/proc/cpuinfo")

@@ -1,99 +1,132 @@
-"""Starts the workers of a job and waits for them. Both ways go through DeepSpeed's launcher.
+"""Starts the ranks of a job and waits for them.
 
-One host: its node launcher directly, so that Ctrl-C ends this job and nothing else (the multi-host runner ends every DeepSpeed
-launcher of the machine). Several hosts, or `force_multi`: its runner, which starts the node launcher on each through pdsh, mpirun or srun.
+One host: `megatron.launch.node` here. Several, or `force_multi`: the same on each through pdsh; or DeepSpeed's runner, which knows how to call
+mpirun and srun. DeepSpeed's own way through pdsh is not taken: asked to stop, it ends every DeepSpeed job on those hosts, whoever's it is.
 """
 
 from __future__ import annotations
 
-import base64
-import ctypes
-import json
+import secrets
 import shlex
 import signal
-import socket
 import subprocess
 import sys
-import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
-from megatron.config.loader import config_to_json
-from megatron.config.schema import Config, LaunchConfig
-from megatron.launch.environment import REPOSITORY, worker_variables
+from megatron.config.schema import Config
+from megatron.launch.environment import REPOSITORY, python_path, worker_variables
+from megatron.launch.node import Placement
+from megatron.launch.pdsh import exported, remote_command
+from megatron.launch.ports import DEFAULT_PORT, free_port
+from megatron.launch.preflight import ask_hosts
+from megatron.launch.processes import ends_with_parent, shell_status
+from megatron.launch.remote import RemoteJob
 from megatron.launch.resources import Resources
+from megatron.launch.worker import encode_config
 
-DEFAULT_PORT = 29500
-_LIBC = ctypes.CDLL(None)
 LAUNCHERS = ("pdsh", "openmpi", "mpich", "impi", "mvapich", "slurm")
+_NODE = ("-m", "megatron.launch.node")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A process to start, and what it needs."""
+    """A script, its configuration, and where it runs."""
 
-    command: tuple[str, ...]
-    variables: dict[str, str]
-    """Added to the environment."""
-    files: dict[Path, str]
-    """What must lie on this machine's disk before it starts."""
-    ends_with_parent: bool = False
-    """Whether it gets TERM when the process that started it is killed."""
+    name: str
+    config: Config
+    resources: Resources
+    script: Path
 
-    def __str__(self) -> str:
-        """The command as one would type it."""
-        return shlex.join([*(f"{name}={value}" for name, value in sorted(self.variables.items())), *self.command])
+    @property
+    def is_local(self) -> bool:
+        """Whether the ranks are started on this machine, without ssh, mpirun or srun."""
+        return len(self.resources.hosts) == 1 and not self.config.launch.force_multi
+
+    def placement(self, *, address: str | None = None, port: int | None = None) -> Placement:
+        """Where the ranks run and meet: at what the configuration says, else at ``address``, else at the first host by its name."""
+        launch, hosts = self.config.launch, self.resources.hosts
+        found = launch.master_addr or address or ("127.0.0.1" if self.is_local else next(iter(hosts)))
+        return Placement(hosts=hosts, device=self.resources.device, master_addr=found, master_port=port or launch.master_port)
+
+    def node_words(self, placement: Placement, node: int, *, is_remote: bool) -> tuple[str, ...]:
+        """What Python is given to start the ranks of a host."""
+        lifeline = (f"--job={self.name}",) if is_remote else ()
+        return (*_NODE, *lifeline, *placement.arguments(node), str(self.script), "--config-base64", encode_config(self.config))
 
 
-def make_job(config: Config, resources: Resources, *, script: Path, folder: Path, environ: Mapping[str, str]) -> Job:
-    """The process that starts this script on these devices. ``folder`` is for its files and must outlive it."""
-    local_size = max(len(slots) for slots in resources.hosts.values())
-    variables = worker_variables(environ, device=resources.device, local_size=local_size)
-    if is_local(config.launch, resources):
-        config_file = folder / "config.json"
-        command = local_command(config.launch, resources, script, config_file)
-        return Job(command=command, variables=variables, files={config_file: config_to_json(config)}, ends_with_parent=True)
-    if config.launch.launcher not in LAUNCHERS:
+def make_job(config: Config, resources: Resources, *, script: Path) -> Job:
+    """The job, with a name that no other has. ValueError for a launcher that reaches no other host.
+
+    Ranks that mpirun or srun start learn from the configuration where they meet: at the first host, where it does not say.
+    """
+    job = Job(name=f"sepllm-{secrets.token_hex(8)}", config=config, resources=resources, script=script)
+    launcher = config.launch.launcher
+    if job.is_local or launcher == "pdsh":
+        return job
+    if launcher not in LAUNCHERS:
         raise ValueError(
-            f"launcher {config.launch.launcher} does not start workers on other hosts: use one of {', '.join(LAUNCHERS)}, or start "
+            f"launcher {launcher} does not start workers on other hosts: use one of {', '.join(LAUNCHERS)}, or start "
             f"`{script.name} CONFIG...` on each host yourself (torchrun, srun)."
         )
-    exported = {name: value for name, value in variables.items() if name in ("PYTHONPATH", "DS_ACCELERATOR")}
-    return Job(command=runner_command(config, resources, script), variables=exported, files={})
+    first = config.launch.master_addr or next(iter(resources.hosts))
+    launch = config.launch.model_copy(update={"master_addr": first})
+    return replace(job, config=config.model_copy(update={"launch": launch}))
 
 
-def is_local(launch: LaunchConfig, resources: Resources) -> bool:
-    """Whether the workers are started on this machine, without ssh, mpirun or srun."""
-    return len(resources.hosts) == 1 and not launch.force_multi
+def run(job: Job, environ: Mapping[str, str]) -> int:
+    """Start the job, wait, and return its exit status (128 + n where signal n ended it)."""
+    if job.is_local:
+        placement = job.placement(port=free_port(job.config.launch.master_port))
+        return _wait_for(job.node_words(placement, 0, is_remote=False), environ)
+    if job.config.launch.launcher != "pdsh":
+        return _wait_for((*_NODE, "--launcher", *runner_command(job)), {**environ, **_for_the_runner(job, environ)})
+    variables = exported(environ)
+    placement = job.placement()
+    if not job.config.launch.no_ssh_check:
+        answer = ask_hosts(job.config, job.resources, job=job.name, script=job.script, variables=variables)
+        placement = job.placement(address=answer.address, port=answer.port)
+    commands = {host: remote_command(job.node_words(placement, node, is_remote=True), variables) for node, host in enumerate(job.resources.hosts)}
+    return RemoteJob(job.name, commands, variables=variables, launcher_args=job.config.launch.launcher_args).wait()
 
 
-def local_command(launch: LaunchConfig, resources: Resources, script: Path, config_file: Path) -> tuple[str, ...]:
-    """DeepSpeed's node launcher for the one host."""
-    hosts = {host: list(slots) for host, slots in resources.hosts.items()}
-    return (
-        *(sys.executable, "-u", "-m", "deepspeed.launcher.launch"),
-        f"--world_info={base64.urlsafe_b64encode(json.dumps(hosts).encode()).decode()}",
-        f"--master_addr={launch.master_addr or '127.0.0.1'}",
-        f"--master_port={_free_port(launch.master_port)}",
-        *("--no_local_rank", "--log_level=warning"),
-        *(str(script), "--config", str(config_file)),
-    )
+def dry_run(job: Job, environ: Mapping[str, str]) -> str:
+    """For each host, the variables of its ranks and the command that starts them, to be typed there or here."""
+    if not job.is_local and job.config.launch.launcher != "pdsh":
+        variables = [f"{name}={value}" for name, value in sorted(_for_the_runner(job, environ).items())]
+        return shlex.join([*variables, *runner_command(job)])
+    placement = job.placement()
+    lines = []
+    for node, host in enumerate(placement.hosts):
+        lines += [f"# {host}: {_in_words(placement.variables(node, rank))}" for rank in placement.ranks(node)]
+        words = job.node_words(placement, node, is_remote=False)
+        if job.is_local:
+            lines.append(shlex.join([f"PYTHONPATH={python_path(environ)}", sys.executable, "-u", *words]))
+        else:
+            lines.append(remote_command(words, exported(environ)))
+    if job.config.launch.master_port == DEFAULT_PORT:
+        lines.append(f"# deepy takes any free port of the first host in place of {DEFAULT_PORT}.")
+    return "\n".join(lines)
 
 
-def runner_command(config: Config, resources: Resources, script: Path) -> tuple[str, ...]:
-    """DeepSpeed's runner with the flags that differ from its defaults. The configuration travels on the command line: no shared disk is needed."""
-    launch = config.launch
+def _in_words(variables: Mapping[str, str]) -> str:
+    return shlex.join(f"{name}={value}" for name, value in variables.items())
+
+
+def runner_command(job: Job) -> tuple[str, ...]:
+    """DeepSpeed's runner with the flags that differ from its defaults."""
+    launch = job.config.launch
     flags: dict[str, object] = {
-        "hostfile": resources.hostfile,
+        "hostfile": job.resources.hostfile,
         "include": launch.include,
         "exclude": launch.exclude,
         "num_nodes": launch.num_nodes,
         "num_gpus": launch.num_gpus,
         "master_port": launch.master_port if launch.master_port != DEFAULT_PORT else None,
         "master_addr": launch.master_addr,
-        "launcher": launch.launcher if launch.launcher != "pdsh" else None,
+        "launcher": launch.launcher,
         "launcher_args": launch.launcher_args,
     }
     given = [f"--{name}={value}" for name, value in flags.items() if value is not None and value != ""]
@@ -103,25 +136,25 @@ def runner_command(config: Config, resources: Resources, script: Path) -> tuple[
         *given,
         *switches,
         *("--no_local_rank", "--log_level=warning"),
-        *(str(script), "--config-base64", encode_config(config)),
+        *(str(job.script), "--config-base64", encode_config(job.config)),
     )
 
 
-def encode_config(config: Config) -> str:
-    """The resolved configuration as one word for a command line."""
-    return base64.urlsafe_b64encode(zlib.compress(config_to_json(config).encode(), 9)).decode()
+def _for_the_runner(job: Job, environ: Mapping[str, str]) -> dict[str, str]:
+    """What DeepSpeed's runner, and through it the ranks, need beside the environment."""
+    wanted = worker_variables(environ, device=job.resources.device, local_size=1)
+    return {name: value for name, value in wanted.items() if name in ("PYTHONPATH", "DS_ACCELERATOR")}
 
 
-def run(job: Job, environ: Mapping[str, str]) -> int:
-    """Start the job, wait, and return its exit status (128 + n where signal n ended it).
+def _wait_for(words: tuple[str, ...], environ: Mapping[str, str]) -> int:
+    """The exit status of `megatron.launch.node` on this machine.
 
-    The job has a session of its own, so that Ctrl-C reaches this process alone. It passes INT, TERM, HUP and USR1 on as TERM, at which
-    a training run saves and ends.
+    It has a session of its own, so that Ctrl-C reaches this process alone, which passes INT, TERM, HUP and USR1 on as TERM: training saves
+    and ends. It gets HUP when this process is killed.
     """
-    for path, text in job.files.items():
-        path.write_text(text)
-    watch = _end_with_parent if job.ends_with_parent else None
-    process = subprocess.Popen(job.command, env={**environ, **job.variables}, start_new_session=True, preexec_fn=watch)
+    environ = {**environ, "PYTHONPATH": python_path(environ)}
+    command = (sys.executable, "-u", *words)
+    process = subprocess.Popen(command, env=environ, start_new_session=True, preexec_fn=ends_with_parent(signal.SIGHUP))
 
     def forward(number: int, frame: FrameType | None) -> None:
         if process.poll() is None:
@@ -129,17 +162,10 @@ def run(job: Job, environ: Mapping[str, str]) -> int:
 
     previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
     try:
-        status = process.wait()
+        return shell_status(process.wait())
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    return status if status >= 0 else 128 - status
-
-
-def _end_with_parent() -> None:
-    """Have Linux send TERM to the calling process when its parent dies, however it dies."""
-    pr_set_pdeathsig = 1
-    _LIBC.prctl(pr_set_pdeathsig, int(signal.SIGTERM))
 
 
 def find_script(name: str) -> Path:
@@ -148,19 +174,3 @@ def find_script(name: str) -> Path:
         if place.is_file():
             return place.resolve()
     raise ValueError(f"script {name} is neither in this folder nor in {REPOSITORY}: name train.py, generate.py, eval.py, or one of your own.")
-
-
-def _free_port(wanted: int) -> int:
-    """A port that nobody listens on. The default stands for any: between looking and listening lie seconds, in which a second job on this
-    machine would find the same one free. A chosen one that is taken: ValueError."""
-    try:
-        return _bind(wanted if wanted != DEFAULT_PORT else 0)
-    except OSError:
-        raise ValueError(f"master_port {wanted} is in use on this machine: leave it out, or choose another.") from None
-
-
-def _bind(port: int) -> int:
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("", port))
-        return int(listener.getsockname()[1])

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 
-from megatron.config.loader import config_from_json
+from megatron.config.loader import config_from_json, config_to_json
 from megatron.config.schema import Config
 from megatron.launch.arguments import add_config_arguments, config_paths, overrides_of
 from megatron.launch.environment import prepare_worker
@@ -57,10 +57,20 @@ def _read(given: argparse.Namespace, parser: argparse.ArgumentParser, environ: M
     if given.config:
         return config_from_json(Path(given.config).read_text())
     if given.config_base64:
-        return config_from_json(zlib.decompress(base64.urlsafe_b64decode(given.config_base64)).decode())
+        return decode_config(given.config_base64)
     if not given.configs:
         parser.error("give configuration files: python train.py CONFIG..., or python deepy.py train.py CONFIG...")
     return _resolve(config_paths(given.configs, given.conf_dir), overrides, Path(parser.prog).name, environ)
+
+
+def encode_config(config: Config) -> str:
+    """The resolved configuration as one word for a command line."""
+    return base64.urlsafe_b64encode(zlib.compress(config_to_json(config).encode(), 9)).decode()
+
+
+def decode_config(text: str) -> Config:
+    """The inverse of `encode_config`."""
+    return config_from_json(zlib.decompress(base64.urlsafe_b64decode(text)).decode())
 
 
 def _resolve(paths: Sequence[Path], overrides: Mapping[str, object], script: str, environ: Mapping[str, str]) -> Config:
