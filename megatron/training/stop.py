@@ -10,10 +10,16 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Whether this process was asked to stop. A context: outside it the signals do what they did before; a second one does too."""
+    """Whether this process was asked to stop. A context: outside it the signals do what they did before; a second one does too.
+
+    A launcher's signal does not reach all processes at once: in one that has stopped because others were asked, the first signal, still on its
+    way, changes nothing.
+    """
 
     def __init__(self) -> None:
         self.is_requested = False
+        self.is_agreed = False
+        """Whether all processes stop, because one of them was asked."""
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -22,6 +28,8 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.is_agreed and not self.is_requested:
+            self._previous = dict.fromkeys(self._previous, signal.SIG_IGN)
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -188,7 +188,8 @@ class Run:
                 saved = self._save(progress)
             if progress.iteration % self.config.training.eval_interval == 0:
                 self._evaluate(self.data.datasets.valid, progress, label="validation", place=self._place_of_evaluation(progress) - 1)
-            if is_true_anywhere(stop.is_requested, self.mesh):
+            stop.is_agreed = is_true_anywhere(stop.is_requested, self.mesh)
+            if stop.is_agreed:
                 return self._stop(progress, saved=saved)
             if self.config.training.exit_interval and progress.iteration % self.config.training.exit_interval == 0:
                 self.reporter.console.say(f" exiting after iteration {progress.iteration} (exit_interval), nothing saved")
