@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,15 +15,21 @@ from megatron.data import tokenizer
 from megatron.launch import resources
 from megatron.launch.environment import REPOSITORY
 from megatron.launch.main import main
+from megatron.launch.processes import children
+from tests.megatron.launch.waiting import is_running, wait_until
 
 LOCAL = str(REPOSITORY / "configs" / "local")
 TINY = ["-d", LOCAL, "tiny", "tiny-sepllm"]
 RANK_SCRIPT = """
-import os, sys
+import os, sys, time
 from megatron.launch.worker import worker_config
 config = worker_config()
 if os.environ["RANK"] == "1" and config.training.seed == 99:
     sys.exit(7)
+if os.environ["RANK"] == "1" and config.training.seed == 98:
+    raise ValueError("what rank 1 cannot bear")
+if config.training.seed == 98:
+    time.sleep(100)
 rank, size, local, backend = (os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "DS_ACCELERATOR"))
 sys.stdout.write(f"rank {rank} of {size}, local {local}, {backend}, for {config.runtime.world_size} devices\\n")
 assert "torch" not in sys.modules
@@ -63,11 +68,18 @@ def test_the_status_of_a_failing_rank_is_deepys(folder: Path) -> None:
     assert deepy("ranks.py", *TINY, "--set", "num_gpus=2", "--set", "seed=99", folder=folder).returncode == 7
 
 
+def test_a_failing_rank_ends_the_others_and_its_traceback_is_last(folder: Path) -> None:
+    finished = deepy("ranks.py", *TINY, "--set", "num_gpus=2", "--set", "seed=98", folder=folder)
+    assert finished.returncode == 1
+    assert "rank 1 on localhost left with status 1. The last it said:\nTraceback (most recent call last):\n" in finished.stderr
+    assert finished.stderr.rstrip().endswith("ValueError: what rank 1 cannot bear")
+
+
 def test_a_dry_run_prints_the_command_and_starts_nothing(folder: Path) -> None:
     finished = deepy("ranks.py", *TINY, "--dry-run", folder=folder)
     assert finished.returncode == 0
-    assert "-m deepspeed.launcher.launch" in finished.stdout
-    assert f"{folder}/ranks.py --config" in finished.stdout
+    assert "-m megatron.launch.node" in finished.stdout
+    assert f"{folder}/ranks.py --config-base64" in finished.stdout
 
 
 def test_starting_without_data_names_what_is_missing(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,20 +128,6 @@ def test_bad_input_is_a_sentence_and_status_2(argv: list[str], folder: Path) -> 
     assert "Traceback" not in finished.stderr
 
 
-def is_running(pid: int) -> bool:
-    try:
-        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
-
-
-def wait_until(claim: Callable[[], bool], *, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not claim() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return claim()
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_rank_outlives_deepy(folder: Path, number: signal.Signals) -> None:
     (folder / "waits.py").write_text(WAITING_SCRIPT)
@@ -142,5 +140,19 @@ def test_no_rank_outlives_deepy(folder: Path, number: signal.Signals) -> None:
         process.send_signal(number)
         assert process.wait(timeout=60) != 0
         assert wait_until(lambda: not any(map(is_running, ranks)), seconds=60)
+    finally:
+        process.kill()
+
+
+def test_no_rank_outlives_the_process_that_started_it(folder: Path) -> None:
+    (folder / "waits.py").write_text(WAITING_SCRIPT)
+    command = [sys.executable, str(REPOSITORY / "deepy.py"), "waits.py", *TINY]
+    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL)
+    try:
+        assert wait_until(lambda: (folder / "pid0").exists() and bool((folder / "pid0").read_text()), seconds=60)
+        (node,) = children(process.pid)
+        os.kill(node, signal.SIGKILL)
+        assert process.wait(timeout=60) == 137
+        assert wait_until(lambda: not is_running(int((folder / "pid0").read_text())), seconds=10)
     finally:
         process.kill()

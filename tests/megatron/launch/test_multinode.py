@@ -65,7 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "ranks.py").write_text(SCRIPT)
     (place / "hostfile").write_text("node1 slots=1\nnode2 slots=2\n")
     (place / "equal").write_text("node1 slots=1\nnode2 slots=1\n")
-    (place / ".deepspeed_env").write_text("# for every host\n\nFROM_FILE=a \"b\" 100% $HOME\n")
+    (place / ".deepspeed_env").write_text('# for every host\n\nFROM_FILE=a "b" 100% $HOME\n')
     random = np.random.default_rng(0)
     with IndexedDatasetWriter(place / "text", np.uint16) as writer:
         for _ in range(200):

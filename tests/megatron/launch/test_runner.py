@@ -1,35 +1,27 @@
-"""The process that starts the workers, to the letter, and how its end is passed on."""
+"""What a job is started with, to the letter: on one host, through pdsh, through DeepSpeed's runner."""
 
 from __future__ import annotations
 
 import base64
-import json
-import os
-import signal
+import shlex
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from megatron.config.loader import config_to_json
 from megatron.config.schema import Config
-from megatron.launch import runner
-from megatron.launch.environment import KEEP_FREED_MEMORY, REPOSITORY
+from megatron.launch import pdsh, ports, runner
+from megatron.launch.environment import REPOSITORY
+from megatron.launch.node import Placement
+from megatron.launch.pdsh import exported, pdsh_command, remote_command
 from megatron.launch.resources import Resources
-from megatron.launch.worker import worker_config
+from megatron.launch.worker import encode_config, worker_config
 
 TinyConfig = Callable[..., Config]
 SCRIPT = Path("/somewhere/train.py")
 QUIET = ("--no_local_rank", "--log_level=warning")
-NODE_LAUNCHER = (sys.executable, "-u", "-m", "deepspeed.launcher.launch")
 RUNNER = (sys.executable, "-u", "-m", "deepspeed.launcher.runner")
-
-
-@pytest.fixture(autouse=True)
-def port_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "_bind", lambda port: port or 54321)
 
 
 def two_hosts(tmp_path: Path) -> Resources:
@@ -38,75 +30,114 @@ def two_hosts(tmp_path: Path) -> Resources:
     return Resources(hosts={"a": (0, 1), "b": (0, 1)}, device="cpu", hostfile=hostfile)
 
 
-def test_one_host_is_started_by_the_node_launcher(tiny: TinyConfig, tmp_path: Path) -> None:
+def test_what_a_node_is_told_says_where_its_ranks_run_and_what_they_do(tiny: TinyConfig) -> None:
     config = tiny(world_size=2)
-    resources = Resources(hosts={"localhost": (0, 1)}, device="cpu")
-    job = runner.make_job(config, resources, script=SCRIPT, folder=tmp_path, environ={})
+    job = runner.make_job(config, Resources(hosts={"localhost": (0, 1)}, device="cpu"), script=SCRIPT)
+    words = job.node_words(job.placement(port=54321), 0, is_remote=False)
     world = base64.urlsafe_b64encode(b'{"localhost": [0, 1]}').decode()
-    places = (f"--world_info={world}", "--master_addr=127.0.0.1", "--master_port=54321")
-    assert job.command == (*NODE_LAUNCHER, *places, *QUIET, str(SCRIPT), "--config", f"{tmp_path}/config.json")
-    assert job.files == {tmp_path / "config.json": config_to_json(config)}
-    assert job.variables.keys() == {"DS_ACCELERATOR", "OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR", "PYTHONPATH", *KEEP_FREED_MEMORY}
+    places = (f"--world={world}", "--node=0", "--device=cpu", "--master-addr=127.0.0.1", "--master-port=54321")
+    assert words == ("-m", "megatron.launch.node", *places, str(SCRIPT), "--config-base64", encode_config(config))
+    assert worker_config(words[-2:], environ={"TORCH_EXTENSIONS_DIR": "/x"}) == config
+    assert len(words[-1]) < 100_000
 
 
-def test_slots_keep_the_names_cuda_gives_them(tiny: TinyConfig, tmp_path: Path) -> None:
-    resources = Resources(hosts={"localhost": (2, "GPU-x")}, device="cuda")
-    job = runner.make_job(tiny(world_size=2), resources, script=SCRIPT, folder=tmp_path, environ={})
-    world = next(argument for argument in job.command if argument.startswith("--world_info="))
-    assert json.loads(base64.urlsafe_b64decode(world.removeprefix("--world_info="))) == {"localhost": [2, "GPU-x"]}
+def test_ranks_count_over_hosts_of_unequal_size_and_local_ranks_within_them() -> None:
+    placement = Placement(hosts={"a": (0,), "b": (1, 3), "c": ("GPU-x",)}, device="cuda", master_addr="a", master_port=1)
+    told = [placement.variables(node, rank) for node in range(3) for rank in placement.ranks(node)]
+    assert [(of["RANK"], of["LOCAL_RANK"], of["LOCAL_SIZE"], of["CROSS_RANK"]) for of in told] == [
+        ("0", "0", "1", "0"),
+        ("1", "0", "2", "1"),
+        ("2", "1", "2", "1"),
+        ("3", "0", "1", "2"),
+    ]
+    assert [of["CUDA_VISIBLE_DEVICES"] for of in told] == ["0", "1,3", "1,3", "GPU-x"]
+    assert {(of["WORLD_SIZE"], of["MASTER_ADDR"], of["MASTER_PORT"], of["CROSS_SIZE"]) for of in told} == {("4", "a", "1", "3")}
 
 
-def test_several_hosts_are_started_by_the_runner_with_the_configuration_on_its_command_line(tiny: TinyConfig, tmp_path: Path) -> None:
-    config = tiny(world_size=4)
-    resources = two_hosts(tmp_path)
-    job = runner.make_job(config, resources, script=SCRIPT, folder=tmp_path, environ={})
-    text = runner.encode_config(config)
-    assert job.command == (*RUNNER, f"--hostfile={resources.hostfile}", *QUIET, str(SCRIPT), "--config-base64", text)
-    assert job.files == {}
-    assert job.variables == {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)}
-    assert len(text) < 100_000
-    assert worker_config(["--config-base64", text], environ={"TORCH_EXTENSIONS_DIR": "/x"}) == config
+def test_a_dry_run_prints_what_each_host_and_rank_is_given(tiny: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    job = runner.make_job(tiny(world_size=4, master_port=29501), two_hosts(tmp_path), script=SCRIPT)
+    lines = runner.dry_run(job, {"NCCL_DEBUG": "INFO", "SECRET": "x"}).splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("#")] == ["a:", "a:", "b:", "b:"]
+    assert "RANK=3 LOCAL_RANK=1" in lines[4]
+    command = lines[5]
+    assert command.startswith(
+        f"cd {tmp_path} && exec env NCCL_DEBUG=INFO PYTHONPATH={REPOSITORY} {sys.executable} -u -m megatron.launch.node --world="
+    )
+    assert "--node=1 --device=cpu --master-addr=a --master-port=29501 /somewhere/train.py" in command
+    assert "SECRET" not in command
+
+
+def test_the_environment_of_other_hosts_is_named_variables_and_deepspeed_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, here = tmp_path / "home", tmp_path / "here"
+    for folder in (home, here):
+        folder.mkdir()
+    (home / ".deepspeed_env").write_text("A=home\nB=home\n")
+    (here / ".deepspeed_env").write_text('# a comment\n\nB=with spaces = and "quotes"\n')
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    given = exported({"NCCL_DEBUG": "INFO", "CUDA_VISIBLE_DEVICES": "0", "PATH": "/bin"})
+    assert given == {"NCCL_DEBUG": "INFO", "A": "home", "B": 'with spaces = and "quotes"', "PYTHONPATH": str(REPOSITORY)}
+    (here / "other").write_text("no equals sign\n")
+    with pytest.raises(ValueError, match="other, line 1: 'no equals sign' is not of the form NAME=VALUE"):
+        exported({"DS_ENV_FILE": "other"})
+
+
+def test_a_remote_shell_reads_every_value_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = remote_command(("-c", "print(1)"), {"A": 'it\'s $HOME "50%"', "B": ""})
+    assert shlex.split(command.partition("exec ")[2]) == ["env", 'A=it\'s $HOME "50%"', "B=", sys.executable, "-u", "-c", "print(1)"]
+    monkeypatch.setattr(pdsh.shutil, "which", lambda name: name)
+    assert pdsh_command("a", "echo 50%", "-t 3") == ["pdsh", "-S", "-N", "-t", "3", "-w", "a", "echo 50%%"]
+
+
+def test_a_command_longer_than_linux_passes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pdsh.shutil, "which", lambda name: name)
+    with pytest.raises(ValueError, match=r"The command for a has 140,000 characters, and Linux passes 130,000"):
+        pdsh_command("a", "x" * 140_000, "")
+
+
+def test_without_pdsh_its_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pdsh.shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match=r"pdsh is not installed.*apt-get install pdsh"):
+        pdsh_command("a", "x", "")
 
 
 def test_runner_flags_appear_where_they_differ_from_its_defaults(tiny: TinyConfig, tmp_path: Path) -> None:
-    config = tiny(
-        world_size=4,
-        num_nodes=2,
-        num_gpus=2,
-        master_port=29501,
-        master_addr="10.0.0.1",
-        launcher="openmpi",
-        launcher_args="--bind-to none",
-        no_ssh_check=True,
+    config = tiny(world_size=4, num_nodes=2, num_gpus=2, master_port=29501, launcher="openmpi", launcher_args="--bind-to none", no_ssh_check=True)
+    job = runner.make_job(config, two_hosts(tmp_path), script=SCRIPT)
+    command = runner.runner_command(job)
+    assert command[:4] == RUNNER
+    assert command[4:-3] == (
+        *(f"--hostfile={tmp_path}/hostfile", "--num_nodes=2", "--num_gpus=2", "--master_port=29501", "--master_addr=a", "--launcher=openmpi"),
+        *("--launcher_args=--bind-to none", "--no_ssh_check", *QUIET),
     )
-    job = runner.make_job(config, two_hosts(tmp_path), script=SCRIPT, folder=tmp_path, environ={})
-    flags = [argument for argument in job.command[4:] if argument.startswith("--") and "hostfile" not in argument]
-    assert flags == [
-        *("--num_nodes=2", "--num_gpus=2", "--master_port=29501", "--master_addr=10.0.0.1", "--launcher=openmpi"),
-        *("--launcher_args=--bind-to none", "--no_ssh_check", *QUIET, "--config-base64"),
-    ]
+    assert worker_config(command[-2:], environ={"TORCH_EXTENSIONS_DIR": "/x"}).launch.master_addr == "a"
 
 
 def test_deepspeeds_runner_reads_its_flags_and_ours_apart(tiny: TinyConfig, tmp_path: Path) -> None:
     from deepspeed.launcher.runner import parse_args
 
-    config = tiny(world_size=4, include="a@b", force_multi=True, launcher="slurm")
-    job = runner.make_job(config, two_hosts(tmp_path), script=SCRIPT, folder=tmp_path, environ={})
-    read = parse_args(list(job.command[4:]))
+    job = runner.make_job(tiny(world_size=4, include="a@b", force_multi=True, launcher="slurm"), two_hosts(tmp_path), script=SCRIPT)
+    read = parse_args(list(runner.runner_command(job)[4:]))
     assert (read.include, read.force_multi, read.launcher, read.no_local_rank) == ("a@b", True, "slurm", True)
-    assert (read.user_script, read.user_args) == (str(SCRIPT), ["--config-base64", runner.encode_config(config)])
+    assert (read.user_script, read.user_args) == (str(SCRIPT), ["--config-base64", encode_config(job.config)])
 
 
-def test_force_multi_takes_the_runner_for_one_host(tiny: TinyConfig, tmp_path: Path) -> None:
-    resources = Resources(hosts={"a": (0,)}, device="cpu", hostfile=tmp_path / "hostfile")
-    job = runner.make_job(tiny(force_multi=True), resources, script=SCRIPT, folder=tmp_path, environ={})
-    assert job.command[:4] == RUNNER
-    assert "--force_multi" in job.command
+def test_force_multi_takes_pdsh_for_one_host(tiny: TinyConfig) -> None:
+    resources = Resources(hosts={"a": (0,)}, device="cpu", hostfile=Path("hostfile"))
+    assert runner.make_job(tiny(), resources, script=SCRIPT).is_local
+    assert not runner.make_job(tiny(force_multi=True), resources, script=SCRIPT).is_local
 
 
 def test_a_launcher_that_reaches_no_other_host_is_refused(tiny: TinyConfig, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="launcher torchrun does not start workers on other hosts"):
-        runner.make_job(tiny(world_size=4, launcher="torchrun"), two_hosts(tmp_path), script=SCRIPT, folder=tmp_path, environ={})
+        runner.make_job(tiny(world_size=4, launcher="torchrun"), two_hosts(tmp_path), script=SCRIPT)
+
+
+def test_two_jobs_never_share_a_name(tiny: TinyConfig) -> None:
+    resources = Resources(hosts={"localhost": (0,)}, device="cpu")
+    assert len({runner.make_job(tiny(), resources, script=SCRIPT).name for _ in range(10)}) == 10
 
 
 def test_the_default_port_is_any_free_one_and_a_chosen_one_in_use_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,10 +146,10 @@ def test_the_default_port_is_any_free_one_and_a_chosen_one_in_use_is_refused(mon
             raise OSError("in use")
         return 54321
 
-    monkeypatch.setattr(runner, "_bind", bind)
-    assert runner._free_port(runner.DEFAULT_PORT) == 54321
+    monkeypatch.setattr(ports, "_bind", bind)
+    assert ports.free_port(ports.DEFAULT_PORT) == 54321
     with pytest.raises(ValueError, match="master_port 29512 is in use"):
-        runner._free_port(29512)
+        ports.free_port(29512)
 
 
 def test_a_script_is_found_beside_deepy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,27 +159,3 @@ def test_a_script_is_found_beside_deepy(tmp_path: Path, monkeypatch: pytest.Monk
     assert runner.find_script("deepy.py") == tmp_path / "deepy.py"
     with pytest.raises(ValueError, match=r"script nowhere\.py is neither"):
         runner.find_script("nowhere.py")
-
-
-@pytest.mark.parametrize(("code", "status"), [("exit 0", 0), ("exit 7", 7), ("kill -KILL $$", 137)])
-def test_the_status_of_the_job_is_returned(code: str, status: int) -> None:
-    job = runner.Job(command=("sh", "-c", code), variables={}, files={})
-    assert runner.run(job, os.environ) == status
-
-
-def test_an_interrupt_ends_the_job_by_term_and_comes_back_as_its_status(tmp_path: Path) -> None:
-    ready = tmp_path / "ready"
-    script = f"import pathlib, signal, sys; signal.signal(15, lambda *_: sys.exit(9)); pathlib.Path({str(ready)!r}).touch(); signal.pause()"
-    job = runner.Job(command=(sys.executable, "-c", script), variables={}, files={})
-    finished = threading.Event()
-
-    def interrupt() -> None:
-        while not ready.exists() and not finished.wait(0.01):
-            pass
-        os.kill(os.getpid(), signal.SIGINT)
-
-    sender = threading.Thread(target=interrupt)
-    sender.start()
-    assert runner.run(job, os.environ) == 9
-    finished.set()
-    sender.join()
