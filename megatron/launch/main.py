@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -25,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as mistake:
         print(mistake, file=sys.stderr)
         return BAD_INPUT
+    except KeyboardInterrupt:  # before there was a job
+        return 128 + signal.SIGINT
     except BrokenPipeError:  # of `deepy.py --check | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -75,8 +75,9 @@ def _run_here(placement: Placement, given: argparse.Namespace) -> int:
     failures: list[Failure] = []
     commands = _commands(placement, given.node, (given.script, *given.arguments))
     status = Workers(commands, report=failures.append).wait()
-    for failure in failures if len(commands) > 1 else []:
-        print(failure.in_words(list(placement.hosts)[given.node]), file=sys.stderr)
+    for failure in failures:
+        if len(commands) > 1 or failure.status > 128:  # of a rank that is alone, its traceback is the last on the screen anyway
+            print(failure.in_words(list(placement.hosts)[given.node]), file=sys.stderr)
     return status
 
 

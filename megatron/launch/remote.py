@@ -78,19 +78,24 @@ class RemoteJob:
         elif said.event == "started":
             self._started.add(said.host)
         elif said.event == "ended":
-            self._statuses[said.host] = int(str(said.content["status"]))
+            self._ended(said.host, int(str(said.content["status"])))
         elif said.event == "failed":
             failure = Failure(**said.content)  # type: ignore[arg-type]
             self._fail(failure.time_s, failure.in_words(said.host), failure.status)
         elif said.event == "closed" and (connection := self._open.pop(said.host, None)) is not None:
             self._closed(connection)
 
+    def _ended(self, host: str, status: int) -> None:
+        self._statuses[host] = status
+        if status and not self._failures and not self._requests:
+            self._fail(time.time(), f"{host}: somebody else than deepy has asked its ranks to stop.", status)
+
     def _closed(self, connection: Connection) -> None:
         if connection.host in self._statuses or self._is_hanging_up:
             return
         said = "; ".join(connection.notes) or "without a word"
         self._fail(
-            time.time(),
+            0.0,  # before any rank that has failed: ranks fail because a host is lost, no host is lost because of a rank
             f"{connection.host}: the connection, or the process that starts the ranks there, was lost ({said}). If nobody ended it, look at "
             f"`ssh {connection.host}` and at dmesg there.",
             LOST,

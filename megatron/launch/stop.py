@@ -6,11 +6,11 @@ The job is found by the socket that its `megatron.launch.node` holds, and Linux 
 from __future__ import annotations
 
 import os
-import select
 import signal
 import socket
 import struct
 import sys
+from contextlib import suppress
 
 from megatron.launch.node import mark_name
 
@@ -26,12 +26,21 @@ def main(argv: list[str] | None = None) -> int:
         except ConnectionRefusedError:
             return 0
         pid, _, _ = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.Signals[f"SIG{name}"])
+        return 0 if name != "HUP" or _is_gone(client) else 1
+
+
+def _is_gone(client: socket.socket) -> bool:
+    """Waits for the end of the process at the other end, with which the connection ends."""
+    client.settimeout(_GONE_S)
     try:
-        process = os.pidfd_open(pid)
-        signal.pidfd_send_signal(process, signal.Signals[f"SIG{name}"])
-    except ProcessLookupError:
-        return 0
-    return 0 if name != "HUP" or select.select([process], [], [], _GONE_S)[0] else 1
+        client.recv(1)
+    except ConnectionResetError:
+        return True
+    except TimeoutError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

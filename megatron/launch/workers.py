@@ -109,8 +109,6 @@ class Workers:
         assert process.stderr is not None
         os.set_blocking(process.stderr.fileno(), False)
         self._selector.register(process.stderr, selectors.EVENT_READ, partial(self._hear, worker))
-        descriptor = os.pidfd_open(process.pid)
-        self._selector.register(descriptor, selectors.EVENT_READ, partial(self._ended, worker, descriptor))
         return worker
 
     def _hear(self, worker: _Worker) -> None:
@@ -132,12 +130,14 @@ class Workers:
             self._selector.unregister(stderr)
             stderr.close()
 
-    def _ended(self, worker: _Worker, descriptor: int) -> None:
-        time_s = time.time()
-        self._selector.unregister(descriptor)
-        os.close(descriptor)
+    def _look_for_ended(self) -> None:
+        for worker in list(self._alive.values()):
+            if worker.process.poll() is not None:
+                self._ended(worker, time_s=time.time())
+
+    def _ended(self, worker: _Worker, *, time_s: float) -> None:
         del self._alive[worker.rank]
-        status = shell_status(worker.process.wait())
+        status = shell_status(worker.process.returncode)
         if status == 0:
             return
         self._status = self._status or status
@@ -151,14 +151,16 @@ class Workers:
         reader, writer = os.pipe()
         os.set_blocking(reader, False)
         os.set_blocking(writer, False)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(writer)
         self._selector.register(reader, selectors.EVENT_READ, partial(self._signalled, reader))
 
     def _signalled(self, reader: int) -> None:
         for number in os.read(reader, 64):
-            if number == signal.SIGHUP:
+            if number == signal.SIGCHLD:
+                self._look_for_ended()
+            elif number == signal.SIGHUP:
                 self._end_within(HANG_UP_S)
             elif number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 self._requests += 1
