@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shlex
 import shutil
 import signal
@@ -120,6 +121,14 @@ class Connection:
                 self.notes.append(text.rstrip())
             else:
                 self._show(f"{self.host}: {text}", sys.stderr.buffer)
+
+
+def allow_connections(count: int) -> None:
+    """Raises this process's limit of open files, as far as the system lets it, to what two commands on each of so many hosts need."""
+    files = 256 + 8 * count
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files if hard == resource.RLIM_INFINITY else min(files, hard), hard))
 
 
 def pdsh_command(host: str, command: str, launcher_args: str) -> list[str]:

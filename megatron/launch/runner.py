@@ -17,9 +17,9 @@ from pathlib import Path
 from types import FrameType
 
 from megatron.config.schema import Config
-from megatron.launch.environment import REPOSITORY, python_path, worker_variables
+from megatron.launch.environment import REPOSITORY, python_path
 from megatron.launch.node import Placement
-from megatron.launch.pdsh import exported, remote_command
+from megatron.launch.pdsh import allow_connections, exported, remote_command
 from megatron.launch.ports import DEFAULT_PORT, free_port
 from megatron.launch.preflight import ask_hosts
 from megatron.launch.processes import ends_with_parent, shell_status
@@ -83,6 +83,7 @@ def run(job: Job, environ: Mapping[str, str]) -> int:
         return _wait_for(job.node_words(placement, 0, is_remote=False), environ)
     if job.config.launch.launcher != "pdsh":
         return _wait_for((*_NODE, "--launcher", *runner_command(job)), {**environ, **_for_the_runner(job, environ)})
+    allow_connections(len(job.resources.hosts))
     variables = exported(environ)
     placement = job.placement()
     if not job.config.launch.no_ssh_check:
@@ -142,8 +143,8 @@ def runner_command(job: Job) -> tuple[str, ...]:
 
 def _for_the_runner(job: Job, environ: Mapping[str, str]) -> dict[str, str]:
     """What DeepSpeed's runner, and through it the ranks, need beside the environment."""
-    wanted = worker_variables(environ, device=job.resources.device, local_size=1)
-    return {name: value for name, value in wanted.items() if name in ("PYTHONPATH", "DS_ACCELERATOR")}
+    accelerator = {"DS_ACCELERATOR": "cpu"} if job.resources.device == "cpu" else {}
+    return {"PYTHONPATH": python_path(environ), **accelerator}
 
 
 def _wait_for(words: tuple[str, ...], environ: Mapping[str, str]) -> int:

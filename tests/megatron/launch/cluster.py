@@ -28,6 +28,10 @@ _SSH = """Host *
   UserKnownHostsFile /dev/null
   LogLevel ERROR
 """
+_PASSWD = """root:x:0:0:root:{folder}:/bin/sh
+sshd:x:105:65534::/run/sshd:/usr/sbin/nologin
+"""
+"""A home of its own: what a user's shell does at its start takes time, and may not survive being killed."""
 _SSHD = """ListenAddress {address}
 HostKey {folder}/hostkey
 AuthorizedKeysFile {folder}/id.pub
@@ -125,6 +129,7 @@ class Cluster:
         (etc / "ssh").mkdir(parents=True)
         names = "".join(f"{address} {host}\n" for address, host in zip(ADDRESSES, HOSTS, strict=True))
         (etc / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
+        (etc / "passwd").write_text(_PASSWD.format(folder=self.folder))
         (etc / "ssh" / "ssh_config").write_text(_SSH.format(folder=self.folder))
         (etc / "ssh" / "sshd_config").write_text(_SSHD.format(folder=self.folder, address=address))
 

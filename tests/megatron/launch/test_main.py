@@ -64,6 +64,12 @@ def test_two_processes_on_a_cpu(folder: Path) -> None:
     assert said == ["rank 0 of 2, local 0, cpu, for 2 devices", "rank 1 of 2, local 1, cpu, for 2 devices"]
 
 
+def test_a_rank_reads_what_is_typed(folder: Path) -> None:
+    (folder / "reads.py").write_text("print('read', input())")
+    command = [sys.executable, str(REPOSITORY / "deepy.py"), "reads.py", *TINY]
+    assert "read something" in subprocess.run(command, cwd=folder, input="something\n", capture_output=True, text=True, check=True).stdout
+
+
 def test_the_status_of_a_failing_rank_is_deepys(folder: Path) -> None:
     assert deepy("ranks.py", *TINY, "--set", "num_gpus=2", "--set", "seed=99", folder=folder).returncode == 7
 
