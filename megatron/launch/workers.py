@@ -90,15 +90,15 @@ class Workers:
         """The status of the first that failed, else 0."""
         while self._alive:
             limit = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
-            events = self._selector.select(limit)
-            for key, _ in events:
+            for key, _ in self._selector.select(limit):
                 key.data()
-            if not events:
+            if self._deadline is not None and time.monotonic() >= self._deadline:
                 kill_descendants()
                 self._deadline = None
         kill_descendants()
         for worker in self._all:
-            self._hear(worker)
+            while self._hear(worker):
+                pass
         return self._status
 
     def _start(self, rank: int, command: Sequence[str], environ: Mapping[str, str], stdin: int | None) -> _Worker:
@@ -111,24 +111,24 @@ class Workers:
         self._selector.register(process.stderr, selectors.EVENT_READ, partial(self._hear, worker))
         return worker
 
-    def _hear(self, worker: _Worker) -> None:
-        """Passes on what the worker has written to its standard error, in whole lines, and remembers the end of it."""
+    def _hear(self, worker: _Worker) -> bool:
+        """Passes on what the worker has written to its standard error, in whole lines, and remembers the end of it. False: nothing came."""
         stderr = worker.process.stderr
         assert stderr is not None
-        if stderr.closed:
-            return
-        chunk: bytes | None = b""
-        with suppress(BlockingIOError):
-            while chunk := stderr.read(_CHUNK_BYTES):
-                worker.remembered = (worker.remembered + chunk)[-_REMEMBERED_BYTES:]
-                worker.pending += chunk
-                end = len(worker.pending) if len(worker.pending) > _CHUNK_BYTES else 1 + max(worker.pending.rfind(b"\n"), worker.pending.rfind(b"\r"))
-                _write(worker.pending[:end])
-                del worker.pending[:end]
-        if chunk == b"":
+        chunk = None if stderr.closed else stderr.read(_CHUNK_BYTES)
+        if chunk:
+            worker.remembered = (worker.remembered + chunk)[-_REMEMBERED_BYTES:]
+            worker.pending += chunk
+            end = 1 + max(worker.pending.rfind(b"\n"), worker.pending.rfind(b"\r"))
+            if len(worker.pending) > _CHUNK_BYTES:
+                end = len(worker.pending)
+            _write(worker.pending[:end])
+            del worker.pending[:end]
+        elif chunk == b"":
             _write(worker.pending)
             self._selector.unregister(stderr)
             stderr.close()
+        return bool(chunk)
 
     def _look_for_ended(self) -> None:
         for worker in list(self._alive.values()):

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -31,6 +32,7 @@ READY = "import os, pathlib, signal, sys, time; pathlib.Path('pid' + os.environ[
 WAITS = f"{READY} time.sleep(100)"
 SAVES = f"import signal; signal.signal(15, lambda *_: sys.exit(0)); {READY} time.sleep(100)"
 STUBBORN = f"import signal; signal.signal(15, signal.SIG_IGN); {READY} time.sleep(100)"
+NOISY = f"import signal; signal.signal(15, signal.SIG_IGN); {READY}\nwhile True: sys.stderr.write('noise\\n' * 1000)"
 HAS_CHILDREN = (
     f"import subprocess; child = subprocess.Popen(['sleep', '100'], start_new_session=True); "
     f"open('child', 'w').write(str(child.pid)); {READY} time.sleep(100)"
@@ -89,6 +91,16 @@ def test_asked_once_workers_have_the_time_they_need_and_asked_twice_a_few_second
     process.terminate()
     assert process.wait(timeout=30) == 137
     assert not is_running(ranks[1])
+
+
+def test_a_worker_that_never_stops_talking_is_ended_too(watch: Watch, tmp_path: Path) -> None:
+    process = watch(NOISY)
+    reader = threading.Thread(target=lambda: process.stderr.read())
+    reader.start()
+    pids(tmp_path, 1)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=30) == 137
+    reader.join()
 
 
 def test_workers_that_stop_when_asked_leave_status_0_and_no_report(watch: Watch, tmp_path: Path) -> None:
