@@ -109,7 +109,8 @@ def start(cluster: Cluster, folder: Path, tmp_path: Path) -> Iterator[Start]:
     started: list[subprocess.Popen[str]] = []
 
     def run(*words: str, script: str = "ranks.py") -> Started:
-        environ = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")  # with compiled operators, which hosts have not in their own homes
+        environ = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": cache}
         save = tmp_path / f"save{len(started)}"
         command = cluster.deepy(script, *TINY, "--set", f"save={save}", "--set", "checkpoint_factor=1000", *words)
         started.append(
