@@ -120,8 +120,8 @@ def _code(script: Path) -> str:
 
 def _inputs(config: Config) -> Iterator[tuple[str, str]]:
     for given in (*tokenizer_inputs(config), *data_inputs(config)):
-        for path in given.files:
-            if path.is_file():
+        for path in map(Path, given.files):
+            if path.is_file():  # remote ones are the same from everywhere
                 with path.open("rb") as file:
                     yield str(path), f"{path.stat().st_size} bytes, {_digest(file.read(_HASHED_BYTES))}"
 
