@@ -19,6 +19,9 @@ _BUCKET, _MAX_LIVE, _PREFETCH = 500_000_000, 1_000_000_000, 50_000_000
 FAR_SHARE = 0.25
 """Of the keys, that far columns are provided for: more than the separators of most texts."""
 
+LOSS_CHUNK = 512
+"""Tokens whose logits exist at once where the loss is computed in chunks, as in `sepllm.ops.linear_cross_entropy`."""
+
 Moment = Literal["always", "passes", "loss", "backward", "update"]
 
 
@@ -190,10 +193,17 @@ def _saved_bytes_per_token(config: Config) -> int:
     model = config.model
     keys_and_values = _keys_and_values(config)
     rotated = 0 if config.runtime.device == "cpu" else model.hidden_size + keys_and_values // 2
-    inner = model.intermediate_size * (4 if model.activation in GATED_ACTIVATIONS else 2)
+    inner = model.intermediate_size * _kept_inner(model.activation)
     sharded = (2 * model.hidden_size + keys_and_values + rotated + inner) // config.parallel.model_parallel_size
     masks = 2 * model.hidden_size if model.hidden_dropout > 0 else 0
     return (3 * model.hidden_size * number_bytes(config) + masks) // _sequence_shards(config) + sharded * number_bytes(config)
+
+
+def _kept_inner(activation: str) -> int:
+    """Tensors of the MLP's width that a block keeps. The linear after a GELU computes it again."""
+    if activation in GATED_ACTIVATIONS:
+        return 4
+    return 1 if activation in ("gelu", "gelu_tanh") else 2
 
 
 def _kept_products_bytes_per_token(config: Config) -> int:
@@ -205,8 +215,8 @@ def _kept_products_bytes_per_token(config: Config) -> int:
 
 
 def _working_bytes_per_token(config: Config) -> int:
-    """Gradients that exist at once while one block goes backward: of its output, of its input, and of the MLP's inner activation."""
-    return (2 * config.model.hidden_size + config.model.intermediate_size // config.parallel.model_parallel_size) * number_bytes(config)
+    """Gradients that exist at once while one block goes backward: of its output, of its input, and on both sides of the MLP's activation."""
+    return (2 * config.model.hidden_size + 2 * config.model.intermediate_size // config.parallel.model_parallel_size) * number_bytes(config)
 
 
 def _attention(config: Config) -> list[MemoryPart]:
@@ -228,9 +238,20 @@ def _attention(config: Config) -> list[MemoryPart]:
 def _logits(config: Config) -> MemoryPart:
     """On a CPU the compiled cross-entropy writes the gradient over the logits; torch's makes fp32 probabilities and their gradient."""
     rows = (config.model.padded_vocab_size or 0) // config.parallel.model_parallel_size
+    if _has_chunked_loss(config):
+        gradients = (_tokens(config) + rows) * config.model.hidden_size  # of hidden state and output matrix
+        num_bytes = (min(_tokens(config), LOSS_CHUNK) * rows + gradients) * number_bytes(config)
+        return MemoryPart(name="logits", num_bytes=num_bytes, reason=f"of {LOSS_CHUNK} tokens at a time, and gradients", moment="loss")
     extra, reason = (0, "their gradient in place") if config.runtime.device == "cpu" else (8, "with fp32 log-probabilities and their gradient")
     num_bytes = _tokens(config) * rows * (number_bytes(config) + extra)
     return MemoryPart(name="logits", num_bytes=num_bytes, reason=reason, moment="loss")
+
+
+def _has_chunked_loss(config: Config) -> bool:
+    """Whether the model computes its loss chunk by chunk: `GPTModel` in fp32, its output matrix whole."""
+    parallel = config.parallel
+    is_whole = parallel.model_parallel_size == 1 and parallel.pipe_parallel_size <= 1 and parallel.zero_stage < 3
+    return is_whole and config.precision.precision == "fp32"
 
 
 def _tokens(config: Config) -> int:

@@ -30,6 +30,7 @@ from megatron.parallel.regions import TensorParallel
 from megatron.parallel.vocab import whole_statistics
 from sepllm.layout import TokenLayout
 from sepllm.ops.cross_entropy import cross_entropy as fused_cross_entropy
+from sepllm.ops.linear_cross_entropy import linear_cross_entropy
 
 EMBEDDING = 0
 """Place of the embedding in the list of layers. Places 1 and ``num_layers + 2`` reshape in GPT-NeoX and hold nothing."""
@@ -146,11 +147,27 @@ class GPTModel(nn.Module):
         """Which core computed each layer of the last forward pass."""
         self.sequential = nn.ModuleDict({str(place): plan.make() for place, plan in layer_plans(config, parallel=parallel).items()})
 
-    def forward(self, ids: Tensor, layout: TokenLayout | ContextLayout, *, cache: KeyValueCache | None = None) -> Tensor:
-        """Logits of the layout's queries, ``[B, T, V]``.
+    def forward(
+        self,
+        ids: Tensor,
+        layout: TokenLayout | ContextLayout,
+        *,
+        cache: KeyValueCache | None = None,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of the layout's queries, ``[B, T, V]``; with ``labels`` and ``loss_mask``, ``[B, T]``, `cross_entropy`'s mean loss instead.
 
         ``ids [B, T]`` are the last T columns of ``layout``. The columns before them must be in ``cache``, which grows by T.
         """
+        hidden_BTD = self._hidden(ids, layout, cache)
+        if labels is None:
+            return self._logits(hidden_BTD)
+        assert loss_mask is not None, "labels come with a mask"
+        return self._loss(hidden_BTD, labels, loss_mask)
+
+    def _hidden(self, ids: Tensor, layout: TokenLayout | ContextLayout, cache: KeyValueCache | None) -> Tensor:
+        """What the output matrix is multiplied with."""
         self._check(ids, layout, cache)
         embedding = cast(Embedding, self.sequential[str(EMBEDDING)])
         positions = positions_of(layout, self.config)
@@ -162,16 +179,31 @@ class GPTModel(nn.Module):
         )
         self.attention_cores = tuple(of_layer.core for of_layer in passes)
         hidden_BTD = run_blocks(self._blocks(), hidden_BTD, passes, recompute=self.recompute if self.training else None)
-        hidden_BTD = self.sequential[str(self.config.num_layers + 3)](hidden_BTD)
+        return self.sequential[str(self.config.num_layers + 3)](hidden_BTD)
+
+    def _logits(self, hidden_BTD: Tensor) -> Tensor:
         if self.config.no_weight_tying:
             return self.sequential[str(self.config.num_layers + 4)](hidden_BTD)
-        return tied_logits(embedding, hidden_BTD)
+        return tied_logits(cast(Embedding, self.sequential[str(EMBEDDING)]), hidden_BTD)
+
+    def _loss(self, hidden_BTD: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
+        """In fp32 on one shard the logits of a few hundred tokens exist at a time. (ZeRO 3 brings the matrix only where its layer is called.)"""
+        matrix = self._output_matrix
+        if hidden_BTD.dtype == torch.float32 and self.parallel.size == 1 and not hasattr(matrix, "ds_id"):
+            mask = loss_mask.flatten()
+            return linear_cross_entropy(hidden_BTD.flatten(0, 1), matrix, labels.flatten(), mask / mask.sum().clamp(min=1))
+        in_fp32 = not self.config.fp16_lm_cross_entropy
+        return cross_entropy(self._logits(hidden_BTD), labels, loss_mask, in_fp32=in_fp32, shards=self.parallel.axis)
+
+    @property
+    def _output_matrix(self) -> Tensor:
+        if self.config.no_weight_tying:
+            return cast(Output, self.sequential[str(self.config.num_layers + 4)]).final_linear.weight
+        return cast(Embedding, self.sequential[str(EMBEDDING)]).word_embeddings.weight
 
     def loss(self, batch: LabelledBatch) -> Tensor:
         """Mean loss of the batch's unmasked tokens, a scalar."""
-        logits = self(batch.ids, batch.layout)
-        in_fp32 = not self.config.fp16_lm_cross_entropy
-        return cross_entropy(logits, batch.labels, batch.loss_mask, in_fp32=in_fp32, shards=self.parallel.axis)
+        return self(batch.ids, batch.layout, labels=batch.labels, loss_mask=batch.loss_mask)
 
     def compile_blocks(self, *, backend: str = "inductor") -> None:
         """Has `torch.compile` build the blocks, when they first run: one graph for all layers of the same window and core."""

@@ -33,12 +33,14 @@ class RowLinear(nn.Linear):
         self.is_part = is_part
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.parallel.size == 1:
-            return super().forward(x)
-        if self.is_part:
-            return functional.linear(x, self.weight, self.bias if self.parallel.rank == 0 else None)
-        whole = self.parallel.left(functional.linear(x, self.weight))
+        if self.parallel.size == 1 or self.is_part:
+            return self.product(x, self.bias if self.parallel.rank == 0 else None)
+        whole = self.parallel.left(self.product(x, None))
         return whole if self.bias is None else whole + self.bias
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``x @ weight.T + bias`` of this shard's features."""
+        return functional.linear(x, self.weight, bias)
 
 
 def column_product(x: Tensor, weight: Tensor, bias: Tensor | None, parallel: TensorParallel) -> Tensor:

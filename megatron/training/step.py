@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from megatron.data.batch import Batch
-from megatron.model.gpt import cross_entropy
 from megatron.optim.build import set_learning_rate
 from megatron.parallel.collectives import mean_over_context, mean_over_data_parallel
 from megatron.parallel.mesh import Mesh
@@ -108,9 +107,7 @@ class Counted:
 
 def batch_loss(engine: DeepSpeedEngine, batch: Batch | Piece) -> Tensor:
     """Mean loss of the micro-batch's unmasked tokens, a scalar. Of a piece: what has this mean over all pieces of the micro-batch."""
-    logits = engine(batch.ids, batch.layout)
-    in_fp32 = not engine.module.config.fp16_lm_cross_entropy
-    loss = cross_entropy(logits, batch.labels, batch.loss_mask, in_fp32=in_fp32, shards=engine.module.parallel.axis)
+    loss: Tensor = engine(batch.ids, batch.layout, labels=batch.labels, loss_mask=batch.loss_mask)
     return loss * batch.weight.to(loss.dtype) if isinstance(batch, Piece) else loss
 
 

@@ -35,9 +35,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None, *, approximate: Approximate, impl:
     A Linear adds its bias where it multiplies, at no cost: it leaves the first two rows.
     """
     _check(approximate)
-    if impl == "auto" and approximate == "none" and bias is None and x.dtype == torch.bfloat16:
-        impl = "reference"
-    if not choice.is_native(impl, x.device.type):
+    if not _is_native(impl, x, has_bias=bias is not None, approximate=approximate):
         return functional.gelu(x if bias is None else x + bias, approximate=approximate)
     register(x.device.type)
     return torch.ops.sepllm.bias_gelu(x, bias, approximate == "tanh")
@@ -69,12 +67,21 @@ class _GeluLinear(torch.autograd.Function):
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         rows = grad_out.flatten(0, -2)
         grad_bias = rows.sum(0) if wants_bias else None
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            activated = bias_gelu(leaf, None, approximate=ctx.approximate)
-        grad_weight = rows.t() @ activated.detach().flatten(0, -2) if wants_weight else None
-        grad_x = torch.autograd.grad(activated, leaf, grad_out @ weight)[0] if wants_x else None
+        grad_weight = rows.t() @ bias_gelu(x, None, approximate=ctx.approximate).flatten(0, -2) if wants_weight else None
+        grad_x = _gelu_backward(grad_out @ weight, x, approximate=ctx.approximate) if wants_x else None
         return grad_x, grad_weight, grad_bias, None
+
+
+def _gelu_backward(grad_out: Tensor, x: Tensor, *, approximate: Approximate) -> Tensor:
+    if not _is_native("auto", x, has_bias=False, approximate=approximate):
+        return torch.ops.aten.gelu_backward(grad_out, x, approximate=approximate)
+    dx, _ = torch.ops.sepllm.bias_gelu_backward(grad_out, x, None, approximate == "tanh")
+    return dx
+
+
+def _is_native(impl: choice.Impl, x: Tensor, *, has_bias: bool, approximate: Approximate) -> bool:
+    is_torchs_faster = approximate == "none" and not has_bias and x.dtype == torch.bfloat16
+    return choice.is_native("reference" if impl == "auto" and is_torchs_faster else impl, x.device.type)
 
 
 def _check(approximate: str) -> None:

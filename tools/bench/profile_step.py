@@ -36,11 +36,11 @@ RULES = (
     ("layout", r"sepllm/layout\.py|data/batch\.py|\): _?prepare"),
     ("attention", r"sepllm/attention/|sep_attention|scaled_dot_product|flex_attention|sdpa_attention|masked_softmax"),
     ("rotary", r"rotary|rotate_|_rope|rope_"),
+    ("matrix products", r"^aten::(mm|addmm_?|bmm|baddbmm|matmul|linear|_addmm_activation|mkldnn_linear.*)$|^mkldnn::|^(Addmm|Mm|Bmm)Backward"),
     ("cross-entropy", r"cross_?entropy|CausalLMLoss|log_?softmax|nll_?loss"),
     ("norms", r"layer_?norm|rms_?norm|norms\.py"),
     ("activation", r"gelu|silu|activations\.py"),
     ("embedding", r"embedding"),
-    ("matrix products", r"^aten::(mm|addmm|bmm|baddbmm|matmul|linear|_addmm_activation|mkldnn_linear.*)$|^mkldnn::|^(Addmm|Mm|Bmm)Backward"),
     ("copies", r"^aten::(copy_|clone|contiguous|cat|_to_copy|to|narrow_copy)$"),
 )
 """A part, and what the names around an operator look like that belongs to it. The first that matches counts, so a product inside of attention is

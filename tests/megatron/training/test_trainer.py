@@ -122,12 +122,6 @@ def test_without_zero_one_rank_goes_on_where_two_stopped(two_ranks: TwoRanks, ma
     assert losses_of(alone) == pytest.approx(losses_of(together)[3:], rel=1e-4)
 
 
-def test_optimizer_state_of_two_replicas_does_not_go_into_one(two_ranks: TwoRanks, make_config: MakeConfig, tmp_path: Path) -> None:
-    checkpoint = {"load": two_ranks.whole[1].checkpoint.save, "save": str(tmp_path)}
-    with pytest.raises(ValueError, match=r"2 data-parallel replicas in the checkpoint and 1 now.*no_load_optim"):
-        train(make_config(zero_stage=1, checkpoint=checkpoint))
-
-
 def test_train_py_trains_a_resolved_configuration(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config(training={"train_iters": 1})
     (tmp_path / "config.json").write_text(config.model_dump_json())

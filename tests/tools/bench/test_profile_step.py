@@ -75,7 +75,7 @@ def test_parts_of_a_real_step_are_all_there_and_add_up(arm: str) -> None:
     assert sum(parts.values()) == pytest.approx(found.traced_ms)
     wanted = {"optimizer", "attention", "rotary", "cross-entropy", "norms", "activation", "embedding", "matrix products"}
     assert {part for part in wanted if parts[part] > 0} == wanted
-    products = [operator for operator in found.operators if operator.name in ("aten::mm", "aten::addmm")]
+    products = [operator for operator in found.operators if operator.name in ("aten::mm", "aten::addmm", "aten::addmm_")]
     assert {operator.part for operator in products} == {"matrix products"}
     assert sum(operator.calls for operator in products) == 3 * (4 * config.model.num_layers + 1)  # forward, and two in the backward
     assert [operator.ms for operator in found.operators] == sorted((operator.ms for operator in found.operators), reverse=True)

@@ -120,7 +120,8 @@ def test_tensor_shards_with_a_cut_sequence_divide_all_activations() -> None:
 
 
 def test_pieces_of_a_sequence_divide_activations_and_logits_and_no_weights() -> None:
-    config = config_of(CASES[0], "unused")
+    """In half precision: in fp32 the logits of a few hundred tokens exist at once, however many there are."""
+    config = config_of(CASES[-1], "unused")
     pieces = with_layout(config, context_parallel_size=2)
     assert [part(pieces, name) for name in ("weights", "activations", "logits")] == [
         part(config, "weights"),
