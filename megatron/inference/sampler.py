@@ -1,33 +1,20 @@
-"""New tokens for a batch of prompts, with the KV cache or without it. Knows token ids only; `text` makes words of them."""
+"""New tokens for a batch of prompts from a checkpoint's model, with the KV cache or without it. Knows token ids only; `text` makes words of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from megatron.model.cache import KeyValueCache
 from megatron.model.gpt import GPTModel
+from sepllm.completion import Completion, complete, left_padded, room
 from sepllm.layout import TokenLayout
 from sepllm.pattern import AttentionPattern
-from sepllm.sampling import Sampling, next_tokens
+from sepllm.sampling import Sampling
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
-    """What followed one prompt."""
-
-    ids: tuple[int, ...]
-    """The new tokens. A token of ``stop_ids`` ends them and is not among them."""
-    finished: bool
-    """Whether a stop token or ``should_stop`` ended it; otherwise a limit did."""
-    logits: Tensor | None
-    """``[len(ids), V]`` float32 on the CPU: what each new token was chosen from. None unless asked for."""
-
-
-@torch.inference_mode()
 def generate(
     model: GPTModel,
     prompts: Sequence[Sequence[int]],
@@ -55,86 +42,62 @@ def generate(
     ``should_stop`` sees the new tokens of one row after each step. ``generator`` lives on the model's device.
     ``on_pass`` sees the layout of every forward pass, whose queries are the tokens that it read.
     """
-    _check_prompts(prompts, max_length)
-    device = next(model.parameters()).device
-    rows = [_Row(limit=min(maximum_tokens, max_length - len(prompt))) for prompt in prompts]
-    open_rows = [row for row in rows if row.limit > 0]
-    if not open_rows:
-        return [row.completion(return_logits) for row in rows]
-    layout = _prompt_layout([prompt for prompt, row in zip(prompts, rows, strict=True) if row.limit > 0], prefill, document_end_id, device)
-    cache = None if recompute else KeyValueCache(prefill.num_layers, capacity=layout.ids.shape[1] + maximum_tokens)
-    logits = _last_logits(model, layout, cache, on_pass)[:, :vocab_size]
-    while True:
-        tokens = next_tokens(logits, sampling, generator=generator)
-        for index, (row, token) in enumerate(zip(open_rows, tokens.tolist(), strict=True)):
-            row.take(token, logits[index] if return_logits else None, stop_ids, should_stop)
-        going_on = [index for index, row in enumerate(open_rows) if not row.is_done]
-        if not going_on:
-            return [row.completion(return_logits) for row in rows]
-        if len(going_on) < len(open_rows):
-            kept = torch.tensor(going_on, device=device)
-            open_rows, tokens, layout = [open_rows[index] for index in going_on], tokens[kept], layout.select(kept)
-            if cache is not None:
-                cache.select(kept)
-        layout = _extended(layout, tokens[:, None], decode=decode, recompute=recompute)
-        logits = _last_logits(model, layout, cache, on_pass)[:, :vocab_size]
+
+    def reader(rows: Sequence[int]) -> _Reader:
+        layout = _prompt_layout([prompts[row] for row in rows], prefill, document_end_id, next(model.parameters()).device)
+        cache = None if recompute else KeyValueCache(prefill.num_layers, capacity=layout.ids.shape[1] + maximum_tokens)
+        return _Reader(model, layout, cache, decode=decode, vocab_size=vocab_size, on_pass=on_pass)
+
+    return complete(
+        reader,
+        limits=room(prompts, maximum_tokens=maximum_tokens, max_length=max_length),
+        stop_ids=stop_ids,
+        should_stop=should_stop,
+        sampling=sampling,
+        generator=generator,
+        return_logits=return_logits,
+    )
 
 
-@dataclass(slots=True, kw_only=True)
-class _Row:
-    """A completion in the making."""
+class _Reader:
+    """The model, and the layout and the keys of what it has read. Without a cache every step reads everything."""
 
-    limit: int
-    ids: list[int] = field(default_factory=list)
-    logits: list[Tensor] = field(default_factory=list)
-    finished: bool = False
+    def __init__(
+        self,
+        model: GPTModel,
+        layout: TokenLayout,
+        cache: KeyValueCache | None,
+        *,
+        decode: AttentionPattern,
+        vocab_size: int | None,
+        on_pass: Callable[[TokenLayout], None] | None,
+    ) -> None:
+        self.model, self.layout, self.cache = model, layout, cache
+        self.decode, self.vocab_size, self.on_pass = decode, vocab_size, on_pass
 
-    @property
-    def is_done(self) -> bool:
-        return self.finished or len(self.ids) >= self.limit
+    def read(self, tokens: Tensor | None) -> Tensor:
+        if tokens is not None:
+            self.layout = _extended(self.layout, tokens[:, None], decode=None if self.cache is None else self.decode)
+        logits = self.model(self.layout.ids[:, -self.layout.num_queries :], self.layout, cache=self.cache)
+        if self.on_pass is not None:
+            self.on_pass(self.layout)
+        return logits[:, -1, : self.vocab_size]
 
-    def take(self, token: int, logits: Tensor | None, stop_ids: Collection[int], should_stop: Callable[[Sequence[int]], bool] | None) -> None:
-        if token in stop_ids:
-            self.finished = True
-            return
-        self.ids.append(token)
-        if logits is not None:
-            self.logits.append(logits.float().cpu())
-        self.finished = should_stop is not None and should_stop(self.ids)
-
-    def completion(self, return_logits: bool) -> Completion:
-        logits = (torch.stack(self.logits) if self.logits else torch.empty(0, 0)) if return_logits else None
-        return Completion(ids=tuple(self.ids), finished=self.finished, logits=logits)
-
-
-def _last_logits(model: GPTModel, layout: TokenLayout, cache: KeyValueCache | None, on_pass: Callable[[TokenLayout], None] | None) -> Tensor:
-    """What the model says after the last query of each row. ``[B, V]``"""
-    logits = model(layout.ids[:, -layout.num_queries :], layout, cache=cache)
-    if on_pass is not None:
-        on_pass(layout)
-    return logits[:, -1]
+    def select(self, rows: Tensor) -> None:
+        self.layout = self.layout.select(rows)
+        if self.cache is not None:
+            self.cache.select(rows)
 
 
 def _prompt_layout(prompts: Sequence[Sequence[int]], pattern: AttentionPattern, document_end_id: int | None, device: torch.device) -> TokenLayout:
     """Layout of the prompts, padded on the left to the longest."""
-    width = max(map(len, prompts))
-    padding_id = pattern.padding_id if pattern.padding_id is not None else 0
-    ids = torch.tensor([[padding_id] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    is_text = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    ids, is_text = left_padded(prompts, pattern.padding_id if pattern.padding_id is not None else 0, device)
     return TokenLayout.from_ids(ids, pattern, attention_mask=is_text, document_end_id=document_end_id)
 
 
-def _extended(layout: TokenLayout, tokens: Tensor, *, decode: AttentionPattern, recompute: bool) -> TokenLayout:
-    """The layout with one more token per row: only that one is a query, or, without a cache, every token."""
-    if not recompute:
+def _extended(layout: TokenLayout, tokens: Tensor, *, decode: AttentionPattern | None) -> TokenLayout:
+    """The layout with one more token per row: under ``decode`` only that one is a query; without it, every token."""
+    if decode is not None:
         return layout.extend(tokens, pattern=decode)
     is_text = torch.cat([layout.is_text, torch.ones_like(tokens, dtype=torch.bool)], 1)
     return TokenLayout.from_ids(torch.cat([layout.ids, tokens], 1), layout.pattern, attention_mask=is_text, document_end_id=layout.document_end_id)
-
-
-def _check_prompts(prompts: Sequence[Sequence[int]], max_length: int) -> None:
-    for number, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"Prompt {number} has no tokens: give at least one, such as the end-of-document token.")
-        if len(prompt) > max_length:
-            raise ValueError(f"Prompt {number} has {len(prompt)} tokens, but the model reads at most {max_length}: shorten it.")

@@ -16,10 +16,11 @@ import torch
 from megatron.config.schema import Config
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.inference.loading import load_model
-from megatron.inference.sampler import Completion, generate
+from megatron.inference.sampler import generate
 from megatron.model.gpt import GPTModel
 from megatron.parallel.mesh import Mesh
 from megatron.training.ratios import RatioReport, Ratios
+from sepllm.completion import Completion
 from sepllm.layout import TokenLayout
 from sepllm.sampling import Sampling
 

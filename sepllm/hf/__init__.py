@@ -4,6 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from sepllm.hf.attach import Attachment, attach, attachment_of, detach
 from sepllm.hf.cache import SepCache
+from sepllm.hf.complete import complete
 from sepllm.hf.configuration_sepllm_gpt_neox import SepLLMGPTNeoXConfig
 from sepllm.hf.modeling_sepllm_gpt_neox import SepLLMGPTNeoXForCausalLM, SepLLMGPTNeoXModel, SepLLMGPTNeoXPreTrainedModel
 from sepllm.hf.sepllm_config import Patterns, read_sepllm_config
@@ -22,6 +23,7 @@ __all__ = [
     "SepLLMGPTNeoXPreTrainedModel",
     "attach",
     "attachment_of",
+    "complete",
     "detach",
     "read_sepllm_config",
 ]

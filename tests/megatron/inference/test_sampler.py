@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron.inference.sampler import Completion, generate
+from megatron.inference.sampler import generate
 from megatron.model.gpt import GPTModel
+from sepllm.completion import Completion
 from sepllm.layout import TokenLayout
 from sepllm.pattern import AttentionPattern, SelfAdjust, Softmax, Standard
 from sepllm.sampling import Sampling
