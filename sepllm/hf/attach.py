@@ -19,8 +19,8 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedConfig, Pre
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from sepllm.attention.registry import attend
-from sepllm.cache import Step, TokenHistory
-from sepllm.hf.cache import SepCache, SepLayer
+from sepllm.hf.cache import SepCache
+from sepllm.hf.configuration_sepllm_gpt_neox import SepLLMGPTNeoXConfig
 from sepllm.hf.falcon import use_interface, use_own_attention
 from sepllm.hf.layout_cache import LayoutLayer, layout_layer
 from sepllm.layout import KeyRanges, TokenLayout
@@ -49,6 +49,11 @@ def attach(
     if attachment_of(model) is not None:
         raise ValueError(f"This {type(model).__name__} has an attachment: detach it first.")
     config = model.get_decoder().config
+    if reads_as_trained(model):
+        raise ValueError(
+            f"A {config.model_type} model reads as its configuration says, and takes a SepCache as it is: leave attach out, or change the "
+            "configuration (prefill_local_window_size, ...)."
+        )
     if not hasattr(config, "num_hidden_layers"):
         raise ValueError(f"{type(model).__name__} is no plain language model: attach to the one inside it.")
     prefill = _for_layers(pattern or AttentionPattern.full(1), config.num_hidden_layers)
@@ -62,6 +67,11 @@ def detach(model: PreTrainedModel) -> None:
     if attachment is None:
         raise ValueError(f"This {type(model).__name__} has no attachment.")
     attachment.detach()
+
+
+def reads_as_trained(model: PreTrainedModel) -> bool:
+    """Whether it is a ``sepllm_gpt_neox`` model, wherever its code came from: it hands token ids to a SepCache itself."""
+    return str(model.config.model_type) == SepLLMGPTNeoXConfig.model_type
 
 
 def attachment_of(model: PreTrainedModel) -> Attachment | None:
@@ -161,7 +171,9 @@ class Attachment:
             )
 
     def _logits(self, **kwargs: Tensor) -> Tensor:
-        ids = torch.arange(1, NUM_CHECKED_TOKENS + 1, device=self.model.device)[None] % self._decoder.config.vocab_size
+        """On tokens from all over the vocabulary: the first ones are often control tokens, on which a model in bf16 says mostly noise."""
+        vocab_size = self._decoder.config.vocab_size
+        ids = torch.arange(1, NUM_CHECKED_TOKENS + 1, device=self.model.device)[None] * max(1, vocab_size // (NUM_CHECKED_TOKENS + 1)) % vocab_size
         return self.model(input_ids=ids, use_cache=False, **kwargs)[0]
 
     def _stretched_logits(self) -> Tensor:
@@ -234,7 +246,7 @@ class Attachment:
         shifted = cache.begin_pass(ids, attention_mask=mask, position_ids=positions)
         if shifted is not None:
             given["position_ids"] = shifted
-        turns = shifted is not None and any(history.has_compressed for history in cache.histories) and not is_first
+        turns = cache.pass_turns(0) is not None
         return _Pass(widths=self._sliding_widths, layout=layout, cache=cache, rotary=self._rotary if turns else None)
 
     def _check_cache(self, cache: SepCache) -> None:
@@ -310,7 +322,8 @@ class _Pass:
             pattern = self.layout.pattern
             key = (pattern.windows[layer], pattern.intervals and pattern.intervals[layer], width, device)
         else:
-            key = (id(self._history(layer)), width, device)
+            assert self.cache is not None
+            key = (self.cache.pass_group(layer), width, device)
         if key not in self._ranges:
             made = self._made(layer, width)
             self._ranges[key] = made if made.index.device == device else made.to(device)
@@ -319,9 +332,10 @@ class _Pass:
     def turned(self, q_BTNH: Tensor, k_BSKH: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Queries and keys at their slots instead of the positions that they came with. What is stored stays as it is."""
         assert isinstance(self.rotary, _Rotary)
-        key = 0 if self.turn_by is not None else id(self._history(layer))
+        key = 0 if self.cache is None else self.cache.pass_group(layer)
         if key not in self._tables:
-            by = self._turns(layer) if self.turn_by is None else self.turn_by
+            by = self.turn_by if self.cache is None else self.cache.pass_turns(layer)
+            assert by is not None
             self._tables[key] = self.rotary.table(by.to(k_BSKH.device), k_BSKH.dtype)
         cos, sin = self._tables[key]
         first = k_BSKH.shape[1] - q_BTNH.shape[1]
@@ -334,24 +348,10 @@ class _Pass:
         if self.cache is not None:
             self.cache.end_pass()
 
-    def _history(self, layer: int) -> TokenHistory:
-        assert self.cache is not None
-        stored = self.cache.layers[layer]
-        assert isinstance(stored, SepLayer)
-        return stored.history
-
-    def _turns(self, layer: int) -> Tensor:
-        stored = self._step(layer).reads
-        return stored.slots() - stored.positions
-
-    def _step(self, layer: int) -> Step:
-        step = self._history(layer).step
-        assert step is not None
-        return step
-
     def _made(self, layer: int, width: int | None) -> KeyRanges:
         if self.layout is None:
-            return self._step(layer).ranges(sliding_width=width)
+            assert self.cache is not None
+            return self.cache.pass_ranges(layer, sliding_width=width)
         if width not in self._layouts:
             self._layouts[width] = _narrowed(self.layout, width)
         return self._layouts[width].ranges(layer)

@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from sepllm.cache import CacheBudget, CachePolicy, HistoryState, Policy, ReferencePolicy, Step, StoredTokens, TokenHistory, When
 from sepllm.hf.separators import Separators, preset, separators_of
+from sepllm.layout import KeyRanges
 from sepllm.positions import apply_rotary, rotary_table
 
 logger = logging.get_logger(__name__)
@@ -373,6 +374,31 @@ class SepCache(Cache):
             history.advance(input_ids, is_text=is_text, positions=position_ids, compresses=compresses)
         self._is_handed = True
         return position_ids if self.shifts_positions else None
+
+    def pass_group(self, layer_idx: int) -> int:
+        """A number that layers share which store the same tokens, and so read the same."""
+        return id(self.layers[layer_idx].history)
+
+    def pass_ranges(self, layer_idx: int, *, sliding_width: int | None = None) -> KeyRanges:
+        """What the tokens of this pass read in a layer: all that is stored, ``sliding_width`` aside."""
+        return self._step(layer_idx).ranges(sliding_width=sliding_width)
+
+    def pass_places(self) -> Tensor:
+        """The place of each token of this pass in its text; 0 for padding. ``[B, T]`` int64"""
+        step = self._step(0)
+        return step.reads.places[:, step.reads.width - step.num_new :].clamp(min=0)
+
+    def pass_turns(self, layer_idx: int) -> Tensor | None:
+        """From the position that each stored key was rotated to, to its slot. ``[B, S]`` int64; None where these are equal."""
+        step = self._step(layer_idx)
+        if not self.shifts_positions or step.is_first or not any(history.has_compressed for history in self.histories):
+            return None
+        return step.reads.slots() - step.reads.positions
+
+    def _step(self, layer_idx: int) -> Step:
+        step = self.layers[layer_idx].history.step
+        assert step is not None
+        return step
 
     def end_pass(self) -> None:
         """The forward pass is over."""

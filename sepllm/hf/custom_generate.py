@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from sepllm.hf.attach import attach, attachment_of
+from sepllm.hf.attach import attach, attachment_of, reads_as_trained
 from sepllm.hf.cache import SepCache
 
 
@@ -34,5 +34,5 @@ def generate(
         past_key_values = SepCache(**settings, tokenizer=kwargs.get("tokenizer"))  # type: ignore[arg-type]
     elif settings:
         raise ValueError(f"past_key_values is given, and {', '.join(sorted(settings))} of another cache: leave one of them out.")
-    with attach(model) if attachment_of(model) is None else nullcontext():
+    with nullcontext() if reads_as_trained(model) or attachment_of(model) is not None else attach(model):
         return model.generate(inputs, past_key_values=past_key_values, **kwargs)

@@ -6,11 +6,34 @@ first layer carries it: the layout is the same for all.
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from sepllm.layout import TokenLayout
+from sepllm.layout import KeyRanges, TokenLayout
+
+
+@runtime_checkable
+class TokenCache(Protocol):
+    """A cache that is told of the tokens of each forward pass, and says what they may read: a SepCache, wherever its code came from."""
+
+    shifts_positions: bool
+
+    def begin_pass(self, input_ids: Tensor, *, attention_mask: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor | None: ...
+
+    def pass_group(self, layer_idx: int) -> int: ...
+
+    def pass_ranges(self, layer_idx: int, *, sliding_width: int | None = None) -> KeyRanges: ...
+
+    def pass_places(self) -> Tensor: ...
+
+    def pass_turns(self, layer_idx: int) -> Tensor | None: ...
+
+    def end_pass(self) -> None: ...
+
+    def kv_ratio(self) -> float: ...
 
 
 class LayoutLayer(DynamicLayer):
@@ -52,7 +75,9 @@ class LayoutLayer(DynamicLayer):
 def layout_layer(cache: Cache) -> LayoutLayer:
     """The layer of the cache that carries the layout. In an empty DynamicCache it takes the first layer's place."""
     if not isinstance(cache, DynamicCache):
-        raise ValueError(f"past_key_values is a {type(cache).__name__}: this model needs a DynamicCache, leave cache_implementation out.")
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__}: this model needs a DynamicCache or a SepCache, leave cache_implementation out."
+        )
     if not cache.layers:
         cache.layers.append(LayoutLayer())
     first = cache.layers[0]

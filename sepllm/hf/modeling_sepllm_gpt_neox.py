@@ -2,7 +2,8 @@
 
 The layout of a batch is worked out once per forward pass and shared by all layers. A token that follows cached keys reads under the
 decode pattern, however many there are of it (one step, a chunk of a long prompt, a speculative guess); every other token under the
-prefill pattern. Attention weights are never formed, so they cannot be returned.
+prefill pattern. With a SepCache, tokens that follow cached ones read whatever it stores. Attention weights are never formed, so they cannot be
+returned.
 """
 
 from __future__ import annotations
@@ -23,11 +24,40 @@ from transformers.utils.output_capturing import capture_outputs
 from sepllm.attention.registry import attend
 from sepllm.attention.spec import PositionBias
 from sepllm.hf.configuration_sepllm_gpt_neox import SepLLMGPTNeoXConfig, decode_pattern, prefill_pattern
-from sepllm.hf.layout_cache import layout_layer
-from sepllm.layout import TokenLayout
+from sepllm.hf.layout_cache import TokenCache, layout_layer
+from sepllm.layout import KeyRanges, TokenLayout
+from sepllm.pattern import SelfAdjust
 from sepllm.positions import Positions, alibi_slopes, apply_rotary, rotary_table
 
 logger = logging.get_logger(__name__)
+
+
+class StoredTexts:
+    """What tokens read that follow the ones in a SepCache: everything that it stores. Worked out once for layers that store the same."""
+
+    def __init__(self, cache: TokenCache, config: SepLLMGPTNeoXConfig) -> None:
+        self.cache, self.config = cache, config
+        self.pattern = decode_pattern(config)
+        self._ranges: dict[int, KeyRanges] = {}
+        self._tables: dict[int, tuple[Tensor, Tensor] | None] = {}
+
+    def ranges(self, layer: int) -> KeyRanges:
+        stored = self.cache.pass_group(layer)
+        if stored not in self._ranges:
+            self._ranges[stored] = self.cache.pass_ranges(layer, sliding_width=self.pattern.sliding_width)
+        return self._ranges[stored]
+
+    def turned(self, q_BTNH: Tensor, k_BSNH: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Queries and keys at their slots, where positions are shifted and no longer those that they were rotated to."""
+        stored = self.cache.pass_group(layer)
+        if stored not in self._tables:
+            turns = self.cache.pass_turns(layer)
+            self._tables[stored] = None if turns is None else _rotary(self.config, turns, k_BSNH.dtype)
+        table = self._tables[stored]
+        if table is None:
+            return q_BTNH, k_BSNH
+        (cos, sin), first = table, k_BSNH.shape[1] - q_BTNH.shape[1]
+        return apply_rotary(q_BTNH, cos[:, first:], sin[:, first:]), apply_rotary(k_BSNH, cos, sin)
 
 
 class SepLLMGPTNeoXAttention(nn.Module):
@@ -39,7 +69,12 @@ class SepLLMGPTNeoXAttention(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, hidden_BTD: Tensor, layout: TokenLayout, rotary: tuple[Tensor, Tensor] | None, bias: PositionBias | None, cache: Cache | None
+        self,
+        hidden_BTD: Tensor,
+        layout: TokenLayout | StoredTexts,
+        rotary: tuple[Tensor, Tensor] | None,
+        bias: PositionBias | None,
+        cache: Cache | None,
     ) -> Tensor:
         heads = self.config.num_attention_heads
         head_size = self.config.hidden_size // heads
@@ -49,6 +84,8 @@ class SepLLMGPTNeoXAttention(nn.Module):
         if cache is not None:
             k_BNSH, v_BNSH = cache.update(k_BSNH.transpose(1, 2), v_BSNH.transpose(1, 2), self.layer)
             k_BSNH, v_BSNH = k_BNSH.transpose(1, 2), v_BNSH.transpose(1, 2)
+        if isinstance(layout, StoredTexts):
+            q_BTNH, k_BSNH = layout.turned(q_BTNH, k_BSNH, self.layer)
         read_BTNH = attend(
             q_BTNH,
             k_BSNH,
@@ -87,7 +124,7 @@ class SepLLMGPTNeoXLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_BTD: Tensor,
-        layout: TokenLayout,
+        layout: TokenLayout | StoredTexts,
         rotary: tuple[Tensor, Tensor] | None = None,
         bias: PositionBias | None = None,
         past_key_values: Cache | None = None,
@@ -157,7 +194,7 @@ class SepLLMGPTNeoXModel(SepLLMGPTNeoXPreTrainedModel):
 
         ``input_ids [B, T]``, or ``inputs_embeds [B, T, D]`` where no pattern needs the ids. ``attention_mask [B, P + T]``, 0 on
         padding, speaks of the ``P`` cached tokens too. ``position_ids [B, T]`` are counted from each row's first text token if absent; ALiBi
-        and BiPE always count for themselves.
+        and BiPE always count for themselves. ``past_key_values``: a DynamicCache, or a SepCache (rotary positions only).
         """
         if kwargs.get("output_attentions"):
             raise ValueError("output_attentions is set, but this model never forms the attention weights: leave it out.")
@@ -165,6 +202,8 @@ class SepLLMGPTNeoXModel(SepLLMGPTNeoXPreTrainedModel):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache(config=self.config)
+        if isinstance(past_key_values, TokenCache):
+            return self._with_sep_cache(past_key_values, input_ids, inputs_embeds, attention_mask, position_ids)
         store = None if past_key_values is None else layout_layer(past_key_values)
         cached = store.layout if store is not None and store.get_seq_length() else None
         layout = self._layout(self._known_ids(input_ids, inputs_embeds), cached, attention_mask)
@@ -175,13 +214,70 @@ class SepLLMGPTNeoXModel(SepLLMGPTNeoXPreTrainedModel):
         if self._has_position_table:
             positions.check_embedded(self.config.max_position_embeddings)
             hidden_BTD = hidden_BTD + self.position_embeddings(positions.embedded) * self.config.mup_rp_embedding_mult
-        hidden_BTD = self.dropout(hidden_BTD)
-        rotary, bias = self._rotary(positions, hidden_BTD.dtype), self._bias(positions)
-        for layer in self.layers:
-            hidden_BTD = layer(hidden_BTD, layout=layout, rotary=rotary, bias=bias, past_key_values=past_key_values)
+        rotary, bias = self._rotary(positions.queries, hidden_BTD.dtype), self._bias(positions)
+        hidden_BTD = self._through_layers(hidden_BTD, layout, rotary, bias, past_key_values)
         if store is not None:
             store.layout = layout
-        return BaseModelOutputWithPast(last_hidden_state=self.final_layer_norm(hidden_BTD), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_BTD, past_key_values=past_key_values)
+
+    def _through_layers(
+        self,
+        hidden_BTD: Tensor,
+        layout: TokenLayout | StoredTexts,
+        rotary: tuple[Tensor, Tensor] | None,
+        bias: PositionBias | None,
+        cache: Cache | None,
+    ) -> Tensor:
+        hidden_BTD = self.dropout(hidden_BTD)
+        for layer in self.layers:
+            hidden_BTD = layer(hidden_BTD, layout=layout, rotary=rotary, bias=bias, past_key_values=cache)
+        return self.final_layer_norm(hidden_BTD)
+
+    def _with_sep_cache(
+        self,
+        cache: TokenCache,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+    ) -> BaseModelOutputWithPast:
+        """A forward pass over a SepCache, which is told of the tokens. A text that begins is read under the prefill pattern."""
+        assert isinstance(cache, Cache)
+        self._check_sep_cache(cache, input_ids)
+        assert input_ids is not None
+        layout = TokenLayout.from_ids(input_ids, prefill_pattern(self.config), attention_mask=attention_mask) if not cache.get_seq_length() else None
+        mask = layout.is_text if layout is not None and layout.has_padding else attention_mask
+        try:
+            slots = cache.begin_pass(input_ids, attention_mask=mask, position_ids=position_ids)
+            given = cache.pass_places() if position_ids is None else position_ids.expand(input_ids.shape)
+            texts = StoredTexts(cache, self.config)
+            hidden_BTD = self.embed_in(input_ids if inputs_embeds is None else inputs_embeds)
+            rotary = self._rotary(given if slots is None else slots, hidden_BTD.dtype)
+            hidden_BTD = self._through_layers(hidden_BTD, texts if layout is None else layout, rotary, None, cache)
+        finally:
+            cache.end_pass()
+        self._report_ratios(layout, cache)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_BTD, past_key_values=cache)
+
+    def _check_sep_cache(self, cache: Cache, input_ids: Tensor | None) -> None:
+        """ValueError, by name, for what a SepCache does not remember enough for."""
+        softmax = prefill_pattern(self.config).softmax
+        wrong = [
+            reason
+            for is_so, reason in (
+                (input_ids is None, "inputs_embeds do not say which tokens are separators"),
+                (len(cache.layers) != len(self.layers), f"it was made for layer_num {len(cache.layers)}, but there are {len(self.layers)} layers"),
+                (self.config.USE_BiPE, "bilevel positions (USE_BiPE) count the separators of the whole text"),
+                (self.config.pos_emb != "rotary", f"only rotary positions can leave keys out, and pos_emb is {self.config.pos_emb}"),
+                (
+                    isinstance(softmax, SelfAdjust) and softmax.extremes == "causal",
+                    "SA_Extremes: causal looks at the scores of all keys, those that were dropped too",
+                ),
+            )
+            if is_so
+        ]
+        if wrong:
+            raise ValueError(f"This sepllm_gpt_neox model cannot use the SepCache: {'; '.join(wrong)}. Use a DynamicCache.")
 
     def _layout(self, ids_BT: Tensor, cached: TokenLayout | None, attention_mask: Tensor | None) -> TokenLayout:
         """Layout whose queries are ``ids``, after the cached tokens if there are any."""
@@ -221,12 +317,8 @@ class SepLLMGPTNeoXModel(SepLLMGPTNeoXPreTrainedModel):
         given_BT = position_ids.expand(positions.queries.shape)
         return replace(positions, embedded=given_BT, queries=given_BT)
 
-    def _rotary(self, positions: Positions, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        if self.config.pos_emb != "rotary":
-            return None
-        rope = self.config.rope_parameters
-        rotary_dims = int(self.config.hidden_size // self.config.num_attention_heads * rope["partial_rotary_factor"])
-        return rotary_table(positions.queries, rotary_dims=rotary_dims, base=rope["rope_theta"], dtype=dtype)
+    def _rotary(self, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        return _rotary(self.config, positions_BT, dtype) if self.config.pos_emb == "rotary" else None
 
     def _bias(self, positions: Positions) -> PositionBias | None:
         if self.config.pos_emb != "alibi":
@@ -234,9 +326,13 @@ class SepLLMGPTNeoXModel(SepLLMGPTNeoXPreTrainedModel):
         slopes = alibi_slopes(self.config.num_attention_heads).to(positions.keys.device)
         return PositionBias(slopes=slopes, query_positions=positions.queries, key_positions=positions.keys)
 
-    def _report_ratios(self, layout: TokenLayout) -> None:
+    def _report_ratios(self, layout: TokenLayout | None, cache: TokenCache | None = None) -> None:
         self.num_forwards += 1
-        if self.config.PRINT_KV_RATIO and self.num_forwards % self.config.print_ratio_intervals == 0:
+        if not self.config.PRINT_KV_RATIO or self.num_forwards % self.config.print_ratio_intervals:
+            return
+        if cache is not None:
+            logger.warning(f"Forward pass {self.num_forwards}: {cache.kv_ratio():.2%} of the keys are stored, over all steps.")
+        if layout is not None:
             logger.warning(
                 f"Forward pass {self.num_forwards}: {layout.attention_map_ratio():.2%} of the attention map is computed, "
                 f"{layout.kv_ratio():.2%} of the keys are read by the last token."
@@ -292,3 +388,11 @@ class SepLLMGPTNeoXForCausalLM(SepLLMGPTNeoXPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits_BTV, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=logits_BTV, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states)
+
+
+def _rotary(config: SepLLMGPTNeoXConfig, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``[B, T, R]`` of the positions."""
+    rope = config.rope_parameters
+    assert rope is not None
+    rotary_dims = int(config.hidden_size // config.num_attention_heads * rope["partial_rotary_factor"])
+    return rotary_table(positions_BT, rotary_dims=rotary_dims, base=rope["rope_theta"], dtype=dtype)
