@@ -41,7 +41,7 @@ def text_ratio(ids: Sequence[int] | Tensor, pattern: AttentionPattern, *, pads_b
 
 
 class StoredKeys(LogitsProcessor):
-    """Notes after each forward pass of ``generate`` what a SepCache stores for each row. Leaves the scores as they are."""
+    """Notes after each forward pass what a SepCache stores for each row; in ``generate`` as a processor that leaves the scores as they are."""
 
     def __init__(self, cache: SepCache) -> None:
         self.cache = cache
@@ -49,12 +49,20 @@ class StoredKeys(LogitsProcessor):
         self._seen: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.note()
+        return scores
+
+    def note(self) -> None:
+        """What is stored after a forward pass."""
         histories = [layer.history.stored for layer in self.cache.layers]
         self._stored.append(torch.stack([stored.counts for stored in histories]).sum(0))
         self._seen.append(torch.stack([stored.texts for stored in histories]).sum(0))
-        return scores
 
-    def ratio(self, row: int, *, num_rows: int, num_steps: int) -> float:
-        """Tokens stored over tokens seen, both added up over the first ``num_steps`` passes, layers and the row's beams."""
+    def ratio(self, row: int, *, num_steps: int, num_rows: int | None = None) -> float:
+        """Tokens stored over tokens seen, both added up over the first ``num_steps`` passes, layers and the row's beams.
+
+        ``num_rows``: of the batch, where the cache has a row for each beam.
+        """
+        num_rows = num_rows or len(self._stored[0])
         stored, seen = (torch.stack(steps[:num_steps]).unflatten(1, (num_rows, -1))[:, row].sum() for steps in (self._stored, self._seen))
         return float(stored / seen)

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedConfig, PreTrainedModel
 
 from sepllm.hf import Attachment, Patterns, SepCache, SepLLMGPTNeoXConfig, attach, read_sepllm_config
+from sepllm.hf.attach import reads_as_trained
 from sepllm.lm_eval.kv_ratio import StoredKeys, TextRatios, text_ratio
 from sepllm.lm_eval.versions import package_versions
 from sepllm.pattern import AttentionPattern
@@ -51,29 +52,35 @@ class SepLLMModel(HFLM):
         *,
         sepllm_config: str | None = None,
         decode: Decode = "mask",
+        token_by_token: bool = False,
         core: str = "auto",
         **arguments: Any,
     ) -> None:
         """``sepllm_config``: one of the reference's training-free YAML files. ``core``: as in `sepllm.attention.attend`.
 
         ``decode``: tokens that are generated read under the file's pattern (``mask``), or what a SepCache stores (``sepcache``), whose arguments,
-        `CACHE_OPTIONS`, may follow. All others are those of lm-eval's ``hf``.
+        `CACHE_OPTIONS`, may follow. ``token_by_token``: so do, with a SepCache, the tokens of texts that are scored, one after another, instead
+        of in one forward pass under the pattern of prompts. All others are those of lm-eval's ``hf``.
         """
         self.cache_options = {name: arguments.pop(name) for name in CACHE_OPTIONS if name in arguments}
-        _check_decode(decode, self.cache_options)
+        _check_decode(decode, self.cache_options, token_by_token=token_by_token)
         super().__init__(pretrained, **arguments)
         self.sepllm_config, self.decode, self.core = sepllm_config, decode, core
+        self.token_by_token = token_by_token
         self.ratios = TextRatios()
         self.attachment: Attachment | None = None
         self.patterns = _trained_patterns(self.config)
         """What is read; None where the model says so in ways that are not known here."""
-        self._rows: Iterator[Tensor] = iter(())
-        if sepllm_config is not None or decode == "sepcache":
+        self._rows: Iterator[tuple[int, Tensor]] = iter(())
+        """Of the latest `_model_call`, with their numbers."""
+        self._stored: StoredKeys | None = None
+        """What its SepCache stored, if it read token by token."""
+        if sepllm_config is not None or (decode == "sepcache" and not reads_as_trained(self.model)):
             self.patterns = self._wanted_patterns()
             self.attachment = attach(self.model, self.patterns.prefill, decode_pattern=self.patterns.decode, core=core)
-            if decode == "sepcache":
-                self._new_cache()  # says now what is wrong with its sizes
-        elif arguments.get("attn_implementation") == "flash_attention_2":
+        if decode == "sepcache":
+            self._new_cache()  # says now what is wrong with its sizes
+        elif self.attachment is None and arguments.get("attn_implementation") == "flash_attention_2":
             logger.warning("flash_attention_2 reads every key. The reference implementation took it for SepCache: that is decode=sepcache here.")
 
     def get_model_info(self) -> dict[str, Any]:
@@ -88,6 +95,7 @@ class SepLLMModel(HFLM):
             "prefill": self.patterns and _described(self.patterns.prefill),
             "decode": self.patterns and ("sepcache" if self.decode == "sepcache" else _described(self.patterns.decode)),
             "sep_cache": self.cache_options,
+            "token_by_token": self.token_by_token,
             "core": self.core,
             "max_length": self.max_length,
             "versions": package_versions(),
@@ -100,8 +108,6 @@ class SepLLMModel(HFLM):
         if self.sepllm_config is None:
             return Patterns(AttentionPattern.full(num_layers), AttentionPattern.full(num_layers))
         patterns = read_sepllm_config(self.sepllm_config, num_layers=num_layers)
-        if "model_type" in self.cache_options:
-            raise ValueError(f"model_type and {self.sepllm_config} both say which tokens separate: leave one of them out.")
         if self.decode == "sepcache" and not patterns.prefill.separator_ids and self.cache_options.get("sep_cache_size") != 0:
             raise ValueError(
                 f"decode is sepcache, but {self.sepllm_config} has no separators for it to keep: leave sepllm_config out, and they are found in "
@@ -120,18 +126,38 @@ class SepLLMModel(HFLM):
         What fills a row up on the right counts as text: no token of the row is read by, or reads, what comes after it. So nothing hides a text's
         own first token either, which lm-eval may have chosen and which may be the padding id.
         """
-        self._rows = iter(inps.cpu())
-        if self.attachment is None:
+        self._rows = enumerate(inps.cpu())
+        if self.attachment is None and not self.token_by_token:
             return super()._model_call(inps, attn_mask, labels)
         dtype = self.mixed_precision_dtype
         with torch.no_grad(), torch.autocast(device_type=self.device.type, dtype=dtype, enabled=dtype is not None):
+            if self.token_by_token:
+                return self._read_from_cache(inps)
             return self.model(input_ids=inps, attention_mask=torch.ones_like(inps), use_cache=False).logits
+
+    def _read_from_cache(self, inps: Tensor) -> Tensor:
+        """Logits ``[B, S, V]`` of texts whose every token reads what a SepCache stores."""
+        cache, logits = self._new_cache(), []
+        self._stored = StoredKeys(cache)
+        for end in range(1, inps.shape[1] + 1):
+            mask = torch.ones_like(inps[:, :end])
+            logits.append(self.model(input_ids=inps[:, end - 1 : end], attention_mask=mask, past_key_values=cache).logits)
+            self._stored.note()
+        return torch.cat(logits, 1)
 
     def _select_cont_toks(self, logits: Tensor, contlen: int | None = None, inplen: int | None = None) -> Tensor:
         """lm-eval asks this of each row that `_model_call` read, in order, and knows how long its text is."""
         if self.patterns is not None:
-            self.ratios.add(text_ratio(next(self._rows)[:inplen], self.patterns.prefill, pads_by_id=self.attachment is None))
+            number, ids = next(self._rows)
+            self.ratios.add(self._scored_ratio(number, ids[:inplen]))
         return super()._select_cont_toks(logits, contlen=contlen, inplen=inplen)
+
+    def _scored_ratio(self, row: int, ids: Tensor) -> float:
+        """r.KV of the text ``ids [S]``, this row of the latest `_model_call`."""
+        assert self.patterns is not None
+        if self._stored is not None:
+            return self._stored.ratio(row, num_steps=len(ids))
+        return text_ratio(ids, self.patterns.prefill, pads_by_id=self.attachment is None)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
         """Texts ``[B, S]``, contexts included. What a row wrote after its own end, while others went on, is replaced by the end of text."""
@@ -156,9 +182,14 @@ class SepLLMModel(HFLM):
 
     def _new_cache(self) -> SepCache:
         assert self.patterns is not None
+        separators = self.patterns.prefill.separator_ids
+        if separators and "model_type" in self.cache_options:
+            raise ValueError(
+                f"model_type and {self.sepllm_config or 'the configuration of the model'} both say which tokens separate: leave model_type out."
+            )
         return SepCache(
             layer_num=self.patterns.prefill.num_layers,
-            separator_token_ids=None if self.sepllm_config is None else self.patterns.prefill.separator_ids,
+            separator_token_ids=separators or None,
             PADDING_ID=self.tokenizer.pad_token_id,
             tokenizer=None if "model_type" in self.cache_options else self.tokenizer,
             **self.cache_options,
@@ -180,11 +211,13 @@ class SepLLMModel(HFLM):
         return max(count, 1)
 
 
-def _check_decode(decode: str, cache_options: dict[str, Any]) -> None:
+def _check_decode(decode: str, cache_options: dict[str, Any], *, token_by_token: bool) -> None:
     if decode not in get_args(Decode):
         raise ValueError(f"decode is {decode}: use {' or '.join(get_args(Decode))}.")
     if cache_options and decode != "sepcache":
         raise ValueError(f"{', '.join(cache_options)} in model_args is SepCache's: add decode=sepcache, or leave it out.")
+    if token_by_token and decode != "sepcache":
+        raise ValueError("token_by_token reads scored texts from a SepCache: add decode=sepcache, or leave it out.")
 
 
 def _trained_patterns(config: PreTrainedConfig) -> Patterns | None:

@@ -206,6 +206,34 @@ def test_a_model_that_reads_everything_scores_as_lm_evals_own(
         assert lm.ratios.mean() == (1.0 if arguments else None)
 
 
+def test_texts_are_scored_token_by_token_from_a_sep_cache_in_every_batch_size(make_lm: MakeLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """The definition: each token of a text alone, from its own cache."""
+    text = PAIRS[2][0]
+    ids = torch.tensor([[END, *tokenizer.encode(text)]])
+    with attach(make_model("llama")) as alone, torch.no_grad():
+        cache = SepCache(layer_num=LAYERS, tokenizer=tokenizer, PADDING_ID=-1, **SMALL)  # type: ignore[arg-type]
+        logits = [alone.model(ids[:, place : place + 1], past_key_values=cache).logits[0, 0] for place in range(192)]
+        expected = torch.stack(logits).log_softmax(-1).gather(1, ids[0, 1:193, None]).sum()
+        ratio = cache.kv_ratio()
+    found = []
+    for size in (1, 4):
+        lm = make_lm(decode="sepcache", token_by_token=True, batch_size=size, **SMALL)
+        found.append(lm.loglikelihood_rolling(instances("loglikelihood_rolling", [(tokenizer.decode(ids[0, 1:193]),)]), disable_tqdm=True)[0])
+        assert lm.ratios.mean() == pytest.approx(ratio)
+        found.extend(score for score, _ in lm.loglikelihood(instances("loglikelihood", PAIRS), disable_tqdm=True))
+    assert found[0] == close(float(expected))
+    assert found[: len(found) // 2] == close(found[len(found) // 2 :])
+
+
+def test_a_model_that_was_trained_as_sepllm_uses_a_sep_cache_as_it_is(make_lm: MakeLM) -> None:
+    lm = make_lm("sepllm_gpt_neox", decode="sepcache", **SMALL)
+    assert lm.attachment is None
+    generations(lm, CONTEXTS, max_gen_toks=20)
+    ratio = lm.ratios.mean()
+    assert ratio is not None
+    assert 0 < ratio < 1
+
+
 def test_beams_generate_from_a_sep_cache(make_lm: MakeLM) -> None:
     lm = make_lm(decode="sepcache", **SMALL)
     generations(lm, CONTEXTS, num_beams=2, max_gen_toks=20)
@@ -285,10 +313,11 @@ def test_the_command_line_is_lm_evals_and_keeps_what_the_scores_depend_on(
         ({"streamingLLM": True, "decode": "sepcache"}, "no separators for it to keep"),
         ({"reference_padding": True}, "scores would depend on the padding of a batch"),
         ({"PADDING_ID": 0, "decode": "sepcache", "model_type": "llama"}, "both say which tokens separate"),
+        ({"token_by_token": True}, "token_by_token reads scored texts from a SepCache: add decode=sepcache"),
     ],
 )
 def test_what_is_wrong_with_model_args_is_said(make_lm: MakeLM, config_file: Callable[..., str], arguments: dict[str, object], message: str) -> None:
-    of_model = {name: arguments[name] for name in ("decode", *CACHE_OPTIONS) if name in arguments}
+    of_model = {name: arguments[name] for name in ("decode", "token_by_token", *CACHE_OPTIONS) if name in arguments}
     of_file = {name: value for name, value in arguments.items() if name not in of_model}
     with pytest.raises(ValueError, match=message):
         make_lm(**of_model, **({"sepllm_config": config_file(**of_file)} if of_file else {}))
@@ -315,7 +344,7 @@ def test_the_commands_of_the_page_are_understood(monkeypatch: pytest.MonkeyPatch
     for line in lines:
         monkeypatch.setattr(sys, "argv", shlex.split(line)[1:])
         arguments = HarnessCLI().parse_args()
-        ours = {"sepllm_config", "decode", "core", *CACHE_OPTIONS}
+        ours = {"sepllm_config", "decode", "token_by_token", "core", *CACHE_OPTIONS}
         assert set(arguments.model_args) <= {"pretrained", "attn_implementation", *ours}
         SepCache(
             layer_num=1,
