@@ -3,7 +3,8 @@
     make demo                                # trains the full-attention model, runs/demo/full
     python -m tools.demo.post_training       # continues it four times; a table and a picture in runs/demo/post-training
 
-Full attention goes on for the same steps beside it: what SepLLM costs is the difference of the two.
+Full attention goes on for the same steps beside it: what SepLLM costs is the difference of the two. A continuation that came to its end is not
+made again: delete runs/demo/post-training after changing the demo.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ import math
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
+import torch
 import yaml
 
+from tools.bench import report
+from tools.bench.machine import describe
 from tools.demo.__main__ import CONFIG, METHODS, OUT, ROOT, Method, devices, run
 from tools.demo.report import smooth
 
@@ -56,18 +60,23 @@ class Arm:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of each continuation (default: {STEPS})")
-    steps = parser.parse_args(argv).steps
+    parser.add_argument("--json", type=Path, metavar="OUT")
+    parser.add_argument("--save", action="store_true", help="JSON, Markdown and PNG into benchmarks/results/")
+    arguments = parser.parse_args(argv)
+    steps = arguments.steps
     os.chdir(ROOT)
     if not (BEGINNING / "latest").is_file():
         raise SystemExit(f"{BEGINNING} holds no checkpoint: run make demo first.")
     settings = yaml.safe_load(CONFIG.read_text())
     target = OUT / "post-training"
-    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(exist_ok=True)
     arms = [continued(method, policy, target, steps=steps, settings=settings) for policy, method in product(policies(settings), METHODS)]
     beginning = test_loss(BEGINNING)
     summary = table(arms, beginning=beginning, steps=steps)
     (target / "summary.txt").write_text(summary + "\n")
     print(f"\n{summary}\n\nPicture: {draw(arms, target / 'loss.png', beginning=beginning)}\nThis table: {target / 'summary.txt'}")
+    for path in report.save(as_result(arms, beginning=beginning, steps=steps, settings=settings), arguments, "post-training"):
+        print(f"wrote {path}")
 
 
 def policies(settings: dict[str, dict[str, dict[str, float]]]) -> tuple[Policy, Policy]:
@@ -81,8 +90,21 @@ def policies(settings: dict[str, dict[str, dict[str, float]]]) -> tuple[Policy, 
 
 
 def continued(method: Method, policy: Policy, target: Path, *, steps: int, settings: dict[str, int]) -> Arm:
-    """Train the full-attention checkpoint on as this method."""
+    """Train the full-attention checkpoint on as this method, unless that was done."""
     save = target / f"{method.name}-{policy.name}"
+    if not is_done(save, steps):
+        train(method, policy, save, steps=steps, settings=settings)
+    losses = {int(row["iteration"]): row["train/lm_loss"] for row in metrics(save) if "train/lm_loss" in row}
+    return Arm(method=method.title, policy=policy.title, train_loss=losses, test_loss=test_loss(save))
+
+
+def is_done(save: Path, steps: int) -> bool:
+    """Whether a continuation of so many steps came to its end there."""
+    return (save / "metrics.jsonl").is_file() and any(row["iteration"] == steps and "test/lm_loss" in row for row in metrics(save))
+
+
+def train(method: Method, policy: Policy, save: Path, *, steps: int, settings: dict[str, int]) -> None:
+    shutil.rmtree(save, ignore_errors=True)
     chosen = (
         f"load={BEGINNING}",
         "finetune=true",
@@ -94,9 +116,6 @@ def continued(method: Method, policy: Policy, target: Path, *, steps: int, setti
     )
     command = ["deepy.py", "train.py", *method.configs, *devices(settings["train_batch_size"])]
     run(f"Full attention goes on as {method.title}: {policy.title}", *command, *(word for setting in chosen for word in ("--set", setting)))
-    rows = metrics(save)
-    losses = {int(row["iteration"]): row["train/lm_loss"] for row in rows if "train/lm_loss" in row}
-    return Arm(method=method.title, policy=policy.title, train_loss=losses, test_loss=test_loss(save))
 
 
 def metrics(save: Path) -> list[dict[str, float]]:
@@ -118,6 +137,40 @@ def table(arms: Sequence[Arm], *, beginning: float, steps: int) -> str:
         name = f"{arm.method}, {arm.policy}"
         lines.append(f"{name:<52}{arm.perplexity:>12.2f}{arm.perplexity / start:>14.3f}{arm.perplexity / full[arm.policy]:>20.3f}")
     return "\n".join(lines)
+
+
+def as_result(arms: Sequence[Arm], *, beginning: float, steps: int, settings: dict[str, int]) -> report.Result:
+    """The same table for benchmarks/results, with every loss."""
+    machine, start = describe(torch.device("cpu")), math.exp(beginning)
+    full = {arm.policy: arm.perplexity for arm in arms if arm.method == METHODS[-1].title}
+    tokens = steps * settings["train_batch_size"] * settings["seq_length"]
+
+    def picture(path: Path) -> None:
+        draw(arms, path, beginning=beginning)
+
+    return report.Result(
+        header={**machine.as_dict(), "checkpoint": str(BEGINNING), "steps": steps, "tokens": tokens, "checkpoint_perplexity": start},
+        body={"rows": [asdict(arm) | {"perplexity": arm.perplexity} for arm in arms]},
+        tables=[
+            report.Table(
+                title=f"Held-out perplexity after {steps} steps ({tokens:,} tokens) from a full-attention checkpoint, whose own is {start:.2f}.",
+                columns=("goes on as", "learning rate", "perplexity", "over the checkpoint's", "over full attention's after the same steps"),
+                rows=[
+                    (
+                        arm.method,
+                        arm.policy,
+                        f"{arm.perplexity:.2f}",
+                        f"{arm.perplexity / start:.3f}",
+                        f"{arm.perplexity / full[arm.policy]:.3f}",
+                    )
+                    for arm in arms
+                ],
+            )
+        ],
+        notes=[],
+        title=f"Post-training of the demo's full-attention model, {machine.date}",
+        picture=picture,
+    )
 
 
 def draw(arms: Sequence[Arm], path: Path, *, beginning: float) -> Path:

@@ -45,7 +45,10 @@ def test_while_nothing_is_dropped_later_tokens_read_everything(tiny_model: Make,
     everything = {"generate_local_window_size": 128}
     model, ids = tiny_model(max_position_embeddings=128, **everything | changes), torch.tensor([random_text(20)])
     expected = model.generate(ids, max_new_tokens=NEW, do_sample=False)
-    assert model.generate(ids, max_new_tokens=NEW, do_sample=False, past_key_values=SepCache(**SIZES | {"cache_size": 100})).tolist() == expected.tolist()
+    assert (
+        model.generate(ids, max_new_tokens=NEW, do_sample=False, past_key_values=SepCache(**SIZES | {"cache_size": 100})).tolist()
+        == expected.tolist()
+    )
 
 
 @pytest.mark.parametrize(

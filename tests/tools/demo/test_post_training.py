@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from tools.demo.__main__ import CONFIG, METHODS, ROOT
-from tools.demo.post_training import Arm, draw, policies, table
+from tools.demo.post_training import Arm, as_result, draw, is_done, policies, table
 
 ARMS = [
     Arm(method=method.title, policy=policy, train_loss={1: 5.0, 2: 4.0}, test_loss=loss)
@@ -24,6 +24,24 @@ def test_the_table_compares_with_the_checkpoint_and_with_full_attention_of_the_s
         ["56.83", "1.041", "1.062"],
         ["53.52", "0.980", "1.000"],
     ]
+
+
+def test_the_result_holds_the_same_figures(tmp_path: Path) -> None:
+    result = as_result(ARMS, beginning=4.0, steps=7, settings={"train_batch_size": 2, "seq_length": 8})
+    assert result.header["tokens"] == 112
+    assert result.tables[0].rows[0][2:] == ("60.34", "1.105", "1.105")
+    assert result.picture is not None
+    result.picture(tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").exists()
+
+
+def test_a_continuation_is_done_when_its_last_step_was_evaluated(tmp_path: Path) -> None:
+    assert not is_done(tmp_path, 7)
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 7, "train/lm_loss": 4.0}\n')
+    assert not is_done(tmp_path, 7)
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 7, "test/lm_loss": 4.0}\n')
+    assert is_done(tmp_path, 7)
+    assert not is_done(tmp_path, 8)
 
 
 def test_the_second_policy_begins_half_way_down() -> None:
