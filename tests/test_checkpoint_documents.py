@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from tests.sepllm.byte_tokenizer import byte_tokenizer
 from tools.ckpts.convert_hf_to_neox import convert
 
 ROOT = Path(__file__).parents[1]
@@ -59,3 +60,15 @@ def test_every_path_and_flag_of_a_document_exists(document: str) -> None:
     sources = "".join(path.read_text() for path in (ROOT / "tools").rglob("*.py")) + "--set"
     for flag in re.findall(r"`?(--[a-z_-]+)", text):
         assert flag in sources, flag
+
+
+def test_the_python_of_the_page_writes_texts() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "checkpoints.md").read_text(), flags=re.DOTALL)
+    tokenizer = byte_tokenizer()
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=257))
+    names: dict[str, object] = {"model": model.eval(), "tokenizer": tokenizer, "prompts": [tokenizer.encode("One, two."), tokenizer.encode("And")]}
+    exec(code, names)
+    texts = names["texts"]
+    assert isinstance(texts, list)
+    assert len(texts) == 2
+    assert all(texts)

@@ -17,10 +17,10 @@ import lm_eval.tasks
 import pytest
 import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from sepllm.hf import SepCache, SepLLMGPTNeoXConfig, SepLLMGPTNeoXForCausalLM
+from tests.sepllm.byte_tokenizer import byte_tokenizer
 from tests.test_data_document import PILE, write_pieces
 from tools.datasets.checksum_shards import write_hashes
 
@@ -40,10 +40,7 @@ TASK = {"custom_dataset": "!function rows.load", "test_split": "test", "fewshot_
 
 
 def write_models(folder: Path) -> None:
-    words = {"<end>": 0} | {byte: place for place, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), 1)}
-    of_bytes = Tokenizer(models.BPE(vocab=words, merges=[]))
-    of_bytes.pre_tokenizer, of_bytes.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=of_bytes, eos_token="<end>", pad_token="<end>")
+    tokenizer = byte_tokenizer()
     torch.manual_seed(0)
     llama = LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=2))
     made = {

@@ -19,15 +19,15 @@ from lm_eval._cli import HarnessCLI
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import sepllm.lm_eval.__main__ as command_line
 from sepllm.hf import SepCache, SepLLMGPTNeoXConfig, SepLLMGPTNeoXForCausalLM, attach, read_sepllm_config
 from sepllm.lm_eval.model import CACHE_OPTIONS, SepLLMModel
+from tests.sepllm.byte_tokenizer import END, byte_tokenizer
 
 ROOT = Path(__file__).parents[2]
-LAYERS, END = 2, 0
+LAYERS = 2
 SHAPE = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "intermediate_size": 48}
 SHAPE |= {"max_position_embeddings": 192, "initializer_range": 0.25, "bos_token_id": None, "pad_token_id": END}
 SMALL = {"init_cache_size": 2, "sep_cache_size": 4, "local_size": 6, "cache_size": 20, "USE_MAX_SEP_CACHE": True}
@@ -56,11 +56,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Token 0 ends a text, and pads; every other one is a byte."""
-    words = {"<end>": END} | {byte: place for place, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), 1)}
-    of_bytes = Tokenizer(models.BPE(vocab=words, merges=[]))
-    of_bytes.pre_tokenizer, of_bytes.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=of_bytes, eos_token="<end>", pad_token="<end>")
+    return byte_tokenizer()
 
 
 @pytest.fixture
