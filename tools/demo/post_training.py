@@ -75,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     summary = table(arms, beginning=beginning, steps=steps)
     (target / "summary.txt").write_text(summary + "\n")
     print(f"\n{summary}\n\nPicture: {draw(arms, target / 'loss.png', beginning=beginning)}\nThis table: {target / 'summary.txt'}")
-    for path in report.save(as_result(arms, beginning=beginning, steps=steps, settings=settings), arguments, "post-training"):
+    result = as_result(arms, beginning=beginning, checkpoint_steps=last_step(BEGINNING), steps=steps, settings=settings)
+    for path in report.save(result, arguments, "post-training"):
         print(f"wrote {path}")
 
 
@@ -127,6 +128,10 @@ def test_loss(save: Path) -> float:
     return next(row["test/lm_loss"] for row in reversed(metrics(save)) if "test/lm_loss" in row)
 
 
+def last_step(save: Path) -> int:
+    return max(int(row["iteration"]) for row in metrics(save))
+
+
 def table(arms: Sequence[Arm], *, beginning: float, steps: int) -> str:
     """Held-out perplexity of each continuation, over that of the checkpoint and over full attention's under the same policy."""
     start = math.exp(beginning)
@@ -139,7 +144,7 @@ def table(arms: Sequence[Arm], *, beginning: float, steps: int) -> str:
     return "\n".join(lines)
 
 
-def as_result(arms: Sequence[Arm], *, beginning: float, steps: int, settings: dict[str, int]) -> report.Result:
+def as_result(arms: Sequence[Arm], *, beginning: float, checkpoint_steps: int, steps: int, settings: dict[str, int]) -> report.Result:
     """The same table for benchmarks/results, with every loss."""
     machine, start = describe(torch.device("cpu")), math.exp(beginning)
     full = {arm.policy: arm.perplexity for arm in arms if arm.method == METHODS[-1].title}
@@ -149,11 +154,11 @@ def as_result(arms: Sequence[Arm], *, beginning: float, steps: int, settings: di
         draw(arms, path, beginning=beginning)
 
     return report.Result(
-        header={**machine.as_dict(), "checkpoint": str(BEGINNING), "steps": steps, "tokens": tokens, "checkpoint_perplexity": start},
+        header={**machine.as_dict(), "checkpoint_steps": checkpoint_steps, "checkpoint_perplexity": start, "steps": steps, "tokens": tokens},
         body={"rows": [asdict(arm) | {"perplexity": arm.perplexity} for arm in arms]},
         tables=[
             report.Table(
-                title=f"Held-out perplexity after {steps} steps ({tokens:,} tokens) from a full-attention checkpoint, whose own is {start:.2f}.",
+                title=f"Held-out perplexity after {steps} steps ({tokens:,} tokens) from a full-attention checkpoint of {checkpoint_steps}, whose own is {start:.2f}.",
                 columns=("goes on as", "learning rate", "perplexity", "over the checkpoint's", "over full attention's after the same steps"),
                 rows=[
                     (

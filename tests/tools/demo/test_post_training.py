@@ -27,7 +27,7 @@ def test_the_table_compares_with_the_checkpoint_and_with_full_attention_of_the_s
 
 
 def test_the_result_holds_the_same_figures(tmp_path: Path) -> None:
-    result = as_result(ARMS, beginning=4.0, steps=7, settings={"train_batch_size": 2, "seq_length": 8})
+    result = as_result(ARMS, beginning=4.0, checkpoint_steps=9, steps=7, settings={"train_batch_size": 2, "seq_length": 8})
     assert result.header["tokens"] == 112
     assert result.tables[0].rows[0][2:] == ("60.34", "1.105", "1.105")
     assert result.picture is not None
