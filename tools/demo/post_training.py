@@ -158,7 +158,7 @@ def as_result(arms: Sequence[Arm], *, beginning: float, checkpoint_steps: int, s
         body={"rows": [asdict(arm) | {"perplexity": arm.perplexity} for arm in arms]},
         tables=[
             report.Table(
-                title=f"Held-out perplexity after {steps} steps ({tokens:,} tokens) from a full-attention checkpoint of {checkpoint_steps}, whose own is {start:.2f}.",
+                title=f"Held-out perplexity {steps} steps ({tokens:,} tokens) after a checkpoint of full attention, whose own is {start:.2f}.",
                 columns=("goes on as", "learning rate", "perplexity", "over the checkpoint's", "over full attention's after the same steps"),
                 rows=[
                     (
