@@ -21,17 +21,15 @@ from typing import Any
 
 import torch
 import yaml
-from lm_eval import simple_evaluate
-from lm_eval.tasks import TaskManager
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from sepllm.hf.separators import separators_of
-from sepllm.lm_eval.model import SepLLMModel
 from sepllm.lm_eval.versions import package_versions
 from tools.bench import report
 from tools.bench.machine import ROOT, describe
 from tools.command import exit_status
 
+KINDS = ("vanilla", "streamingllm", "sepllm", "fixllm", "sepcache")
 INTERVAL = 5
 """Of FixLLM, in tokens: the paper's."""
 RESAMPLES = 100
@@ -113,6 +111,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument(
         "--tasks", type=Task.read, nargs="+", default=TASKS, metavar="NAME:DOCUMENTS:SHOTS", help=f"(default: {'; '.join(map(str, TASKS))})"
     )
+    flags.add_argument("--methods", nargs="+", choices=KINDS, default=KINDS, help="(default: all)")
     flags.add_argument(
         "--windows", type=int, nargs="+", default=[64, 128, 256], metavar="N", help="of SepLLM; the last is StreamingLLM's and FixLLM's too"
     )
@@ -138,7 +137,8 @@ def run(arguments: argparse.Namespace) -> None:
     os.environ["SEPLLM_EVAL_DATA"] = str(arguments.data)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     num_layers = AutoConfig.from_pretrained(arguments.model).num_hidden_layers
-    methods = list(methods_of(arguments, AutoTokenizer.from_pretrained(arguments.model), num_layers))
+    every = methods_of(arguments, AutoTokenizer.from_pretrained(arguments.model), num_layers)
+    methods = [method for method in every if method.name.partition(" ")[0].lower() in arguments.methods]
     arguments.scores.mkdir(parents=True, exist_ok=True)
     scores = []
     for task in arguments.tasks:
@@ -196,6 +196,11 @@ def kept_or_made(method: Method, task: Task, arguments: argparse.Namespace) -> S
 
 
 def scored(method: Method, task: Task, arguments: argparse.Namespace) -> Score:
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from sepllm.lm_eval.model import SepLLMModel
+
     model_args: dict[str, Any] = dict(method.model_args)
     if method.keys is not None:
         path = arguments.scores / f"{report.base_name(method.name, 'sepllm')}.yml"
@@ -255,7 +260,9 @@ def as_result(scores: Sequence[Score], methods: Sequence[Method], arguments: arg
         },
         body={"rows": [asdict(score) for score in scores], "methods": [asdict(method) for method in methods]},
         tables=tables,
-        notes=[f"SepCache is scored on {' and '.join(FROM_A_CACHE)} only: it drops nothing from shorter texts."],
+        notes=[f"SepCache is scored on {' and '.join(FROM_A_CACHE)} only: it drops nothing from shorter texts."]
+        if "sepcache" in arguments.methods
+        else [],
         title=f"{Path(arguments.model).name} without training: {machine.title()}",
         picture=None,
     )

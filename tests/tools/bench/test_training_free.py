@@ -58,6 +58,8 @@ def test_every_method_is_scored_once_and_kept(
     monkeypatch.setattr(training_free, "scored", lambda *_: pytest.fail("scored again"))
     assert main(words) == 0
     assert json.loads((tmp_path / "out.json").read_text())["rows"] == rows
+    assert main([*words, "--methods", "vanilla", "fixllm"]) == 0
+    assert {row["method"] for row in json.loads((tmp_path / "out.json").read_text())["rows"]} == {"vanilla", "FixLLM n=8"}
     assert main([*words, "--max-length", "16"]) == 2
     assert "was made with another model, method or number of documents" in capsys.readouterr().err
 
