@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     missing = [str(folder) for folder in arguments.runs if not (folder / "results.json").is_file()]
     if missing:
         raise ValueError(f"{', '.join(missing)} has no results.json: give the --output_dir of runs of sepllm.streaming that came to their end.")
-    found = [json.loads((folder / "results.json").read_text(encoding="utf-8")) for folder in arguments.runs]
+    found = [read(folder) for folder in arguments.runs]
     machine = describe(torch.device("cpu"))
     tables = [table for run_ in found for table in tables_of(run_["header"], run_["results"])]
     first, methods = arguments.runs[0], [result["method"] for result in found[0]["results"]]
@@ -60,9 +61,15 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"wrote {path}")
 
 
+def read(folder: Path) -> Mapping[str, Any]:
+    """What a run left, with its model by name, wherever that was."""
+    left = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    return {**left, "header": {**left["header"], "model": Path(left["header"]["model"]).name}}
+
+
 def tables_of(header: Mapping[str, str], results: Sequence[Mapping[str, object]]) -> list[report.Table]:
     """Perplexity and cache of the methods, and, where a run has many stretches, some of them."""
-    name = Path(header["model"]).name
+    name = header["model"]
     main_table = report.Table(
         title=f"{name}: perplexity, and tokens stored after each token that was read.",
         columns=("method", "a s w c", "tokens", "perplexity", "KV mean", "KV largest", "period", "KV MiB", "ms/token"),
