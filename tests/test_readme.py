@@ -12,6 +12,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
+PAGES = [f"docs/{name}.md" for name in ("attention", "study", "evaluation", "streaming", "sepcache")]
+"""That name tools for benchmarks, study or pictures."""
 
 
 def commands(document: str) -> list[str]:
@@ -46,7 +48,7 @@ def test_every_path_in_a_document_exists(document: str) -> None:
         assert (ROOT / document).parent.joinpath(path).exists(), path
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/attention.md", "docs/study.md", "benchmarks/results/README.md", "Makefile"])
+@pytest.mark.parametrize("document", ["README.md", *PAGES, "benchmarks/results/README.md", "Makefile"])
 def test_tools_that_a_document_names_understand_its_words(document: str) -> None:
     lines = re.findall(r"python -m (tools\.(?:bench|sepllm|plot)\.\w+)([^#`\n|]*)", (ROOT / document).read_text().replace("\\\n", " "))
     assert lines or document == "README.md"
