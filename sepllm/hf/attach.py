@@ -250,15 +250,8 @@ class Attachment:
         return _Pass(widths=self._sliding_widths, layout=layout, cache=cache, rotary=self._rotary if turns else None)
 
     def _check_cache(self, cache: SepCache) -> None:
-        if len(cache.layers) != len(self._sliding_widths):
-            raise ValueError(f"SepCache was made for layer_num {len(cache.layers)}, but the model has {len(self._sliding_widths)} layers.")
-        if cache.reference_compat and any(width is not None for width in self._sliding_widths):
-            raise ValueError("reference_compat is set, and this model has a sliding window, of which the reference knows nothing: leave it out.")
-        if not cache.shifts_positions:
-            return
-        if not cache.shifts_inside or cache.reference_compat:
-            raise ValueError("In an attached model positions are shifted inside, the right way: leave APPLY_PES_INSIDE on and reference_compat off.")
-        if isinstance(self._rotary, str):
+        cache.check_fits(len(self._sliding_widths), has_sliding_window=any(width is not None for width in self._sliding_widths))
+        if cache.shifts_positions and isinstance(self._rotary, str):
             raise ValueError(f"APPLY_PE_SHIFT is set, but {self._rotary}: positions of this model cannot be shifted, leave it out.")
 
     def _attention(

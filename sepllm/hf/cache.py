@@ -375,6 +375,15 @@ class SepCache(Cache):
         self._is_handed = True
         return position_ids if self.shifts_positions else None
 
+    def check_fits(self, num_layers: int, *, has_sliding_window: bool) -> None:
+        """ValueError where this cache cannot serve a model of so many layers."""
+        if len(self.layers) != num_layers:
+            raise ValueError(f"SepCache was made for layer_num {len(self.layers)}, but the model has {num_layers} layers.")
+        if self.reference_compat and has_sliding_window:
+            raise ValueError("reference_compat is set, and this model has a sliding window, of which the reference knows nothing: leave it out.")
+        if self.shifts_positions and (not self.shifts_inside or self.reference_compat):
+            raise ValueError("In a model positions are shifted inside, the right way: leave APPLY_PES_INSIDE on and reference_compat off.")
+
     def pass_group(self, layer_idx: int) -> int:
         """A number that layers share which store the same tokens, and so read the same."""
         return id(self.layers[layer_idx].history)

@@ -203,7 +203,7 @@ class SepLLMGPTNeoXModel(SepLLMGPTNeoXPreTrainedModel):
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache(config=self.config)
         if isinstance(past_key_values, TokenCache):
-            return self._with_sep_cache(past_key_values, input_ids, inputs_embeds, attention_mask, position_ids)
+            return self._with_sep_cache(past_key_values, input_ids, attention_mask, position_ids)
         store = None if past_key_values is None else layout_layer(past_key_values)
         cached = store.layout if store is not None and store.get_seq_length() else None
         layout = self._layout(self._known_ids(input_ids, inputs_embeds), cached, attention_mask)
@@ -234,16 +234,12 @@ class SepLLMGPTNeoXModel(SepLLMGPTNeoXPreTrainedModel):
         return self.final_layer_norm(hidden_BTD)
 
     def _with_sep_cache(
-        self,
-        cache: TokenCache,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
+        self, cache: TokenCache, input_ids: Tensor | None, attention_mask: Tensor | None, position_ids: Tensor | None
     ) -> BaseModelOutputWithPast:
         """A forward pass over a SepCache, which is told of the tokens. A text that begins is read under the prefill pattern."""
         assert isinstance(cache, Cache)
-        self._check_sep_cache(cache, input_ids)
+        cache.check_fits(len(self.layers), has_sliding_window=self.config.sliding_window_width is not None)
+        self._check_sep_cache(input_ids)
         assert input_ids is not None
         layout = TokenLayout.from_ids(input_ids, prefill_pattern(self.config), attention_mask=attention_mask) if not cache.get_seq_length() else None
         mask = layout.is_text if layout is not None and layout.has_padding else attention_mask
@@ -251,7 +247,7 @@ class SepLLMGPTNeoXModel(SepLLMGPTNeoXPreTrainedModel):
             slots = cache.begin_pass(input_ids, attention_mask=mask, position_ids=position_ids)
             given = cache.pass_places() if position_ids is None else position_ids.expand(input_ids.shape)
             texts = StoredTexts(cache, self.config)
-            hidden_BTD = self.embed_in(input_ids if inputs_embeds is None else inputs_embeds)
+            hidden_BTD = self.embed_in(input_ids)
             rotary = self._rotary(given if slots is None else slots, hidden_BTD.dtype)
             hidden_BTD = self._through_layers(hidden_BTD, texts if layout is None else layout, rotary, None, cache)
         finally:
@@ -259,14 +255,13 @@ class SepLLMGPTNeoXModel(SepLLMGPTNeoXPreTrainedModel):
         self._report_ratios(layout, cache)
         return BaseModelOutputWithPast(last_hidden_state=hidden_BTD, past_key_values=cache)
 
-    def _check_sep_cache(self, cache: Cache, input_ids: Tensor | None) -> None:
+    def _check_sep_cache(self, input_ids: Tensor | None) -> None:
         """ValueError, by name, for what a SepCache does not remember enough for."""
         softmax = prefill_pattern(self.config).softmax
         wrong = [
             reason
             for is_so, reason in (
                 (input_ids is None, "inputs_embeds do not say which tokens are separators"),
-                (len(cache.layers) != len(self.layers), f"it was made for layer_num {len(cache.layers)}, but there are {len(self.layers)} layers"),
                 (self.config.USE_BiPE, "bilevel positions (USE_BiPE) count the separators of the whole text"),
                 (self.config.pos_emb != "rotary", f"only rotary positions can leave keys out, and pos_emb is {self.config.pos_emb}"),
                 (

@@ -58,12 +58,21 @@ def test_while_nothing_is_dropped_later_tokens_read_everything(tiny_model: Make,
         ({"pos_emb": "alibi"}, "pos_emb is alibi"),
         ({"pos_emb": "learned"}, "pos_emb is learned"),
         ({"USE_SA_SOFTMAX": True, "SA_Extremes": "causal"}, "SA_Extremes: causal looks at the scores of all keys"),
-        ({"num_hidden_layers": 2}, "made for layer_num 3, but there are 2 layers"),
     ],
 )
 def test_what_a_sep_cache_does_not_remember_is_refused_by_name(tiny_model: Make, changes: dict[str, object], reason: str) -> None:
     with pytest.raises(ValueError, match=rf"cannot use the SepCache: .*{reason}"):
         tiny_model(**changes)(torch.tensor([[5, 6]]), past_key_values=SepCache(**SIZES))
+
+
+def test_a_cache_that_does_not_fit_the_model_is_refused(tiny_model: Make) -> None:
+    ids = torch.tensor([[5, 6]])
+    with pytest.raises(ValueError, match="made for layer_num 3, but the model has 2 layers"):
+        tiny_model(num_hidden_layers=2)(ids, past_key_values=SepCache(**SIZES))
+    with pytest.raises(ValueError, match="leave APPLY_PES_INSIDE on"):
+        tiny_model()(ids, past_key_values=SepCache(**SIZES, APPLY_PE_SHIFT=True, APPLY_PES_INSIDE=False))
+    with pytest.raises(ValueError, match="reference_compat is set, and this model has a sliding window"):
+        tiny_model(sliding_window_width=4)(ids, past_key_values=SepCache(**SIZES, reference_compat=True))
 
 
 def test_a_failed_pass_leaves_the_cache_to_direct_calls(tiny_model: Make) -> None:
