@@ -134,11 +134,6 @@ def test_shards_take_the_weights_of_one_process_and_the_other_way_round(runs: Ru
     assert same_weights(dict(loaded), weights_of(runs.plain["ZeRO 1"], 6))
 
 
-def test_the_optimizer_of_two_shards_does_not_go_into_one_process(runs: Runs, make_config: MakeConfig) -> None:
-    with pytest.raises(ValueError, match=r"model_parallel_size is 2 in the checkpoint and 1 in the configuration"):
-        train(make_config(checkpoint={"load": runs.plain["shards"].checkpoint.save}))
-
-
 def test_both_convert_to_the_same_transformers_folder(runs: Runs, tmp_path: Path) -> None:
     folders = []
     for config in (runs.alone, runs.plain["shards"]):
