@@ -33,6 +33,8 @@ def build_engine(model: GPTModel | GPTPipeline, config: Config, mesh: Mesh) -> D
     deepspeed.utils.groups.mpu = mpu  # it keeps that of an earlier engine of this process
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config), mpu=mpu, dist_init_required=False)
     _forget_steps(optimizer)
+    if mesh.world_size == 1 and not engine.zero_optimization():
+        engine.enable_backward_allreduce = False  # it would copy all gradients into one piece and back, for nobody
     return engine
 
 

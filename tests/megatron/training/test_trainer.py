@@ -58,6 +58,17 @@ def test_without_zero_bfloat16_learns_as_with_it(make_config: MakeConfig, tmp_pa
     assert losses_of(runs[0]) == pytest.approx(losses_of(runs[1]), rel=2e-4)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bfloat16"])
+def test_a_process_alone_reduces_no_gradients(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    """DeepSpeed would copy all of them into one piece first."""
+    from deepspeed import DeepSpeedEngine
+
+    monkeypatch.setattr(DeepSpeedEngine, "buffered_allreduce_fallback", lambda *_, **__: pytest.fail("gradients were reduced"))
+    config = make_config(precision=precision)
+    assert train(config).iteration == 6
+    assert len(losses_of(config)) == 6
+
+
 def test_dropout_goes_another_way_without_the_saved_random_state(make_config: MakeConfig, tmp_path: Path) -> None:
     whole = make_config()
     train(whole)
