@@ -57,7 +57,7 @@ def of_row(tflops: float, row: dict[str, object]) -> Estimate:
 def test_committed_training_steps_are_foreseen(name: str, tflops: float, row: dict[str, float]) -> None:
     foreseen = of_row(tflops, row)  # type: ignore[arg-type]
     assert 1e3 * foreseen.time.total == pytest.approx(row["step_ms"], rel=0.3)
-    assert foreseen.memory.total_bytes + PROCESS_BYTES == pytest.approx(row["peak_bytes"], rel=0.12)
+    assert foreseen.memory.total_bytes + PROCESS_BYTES == pytest.approx(row["peak_bytes"], rel=0.15)
 
 
 @pytest.mark.parametrize(
