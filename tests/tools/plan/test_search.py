@@ -57,7 +57,7 @@ def test_nothing_is_suggested_where_nothing_fits() -> None:
 
 
 def test_what_does_not_fit_is_computed_again_rather_than_left_out() -> None:
-    found = search(pythia("6.9b"), PUBLISHED["a100-40"], TEXT, devices=8)
+    found = search(pythia("12b"), PUBLISHED["a100-40"], TEXT, devices=8)
     assert found.fitting
     assert any(one.layout.recompute != "none" for one in found.fitting)
 
