@@ -20,7 +20,8 @@ from megatron.config.schema import TrainingConfig
 
 Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 
-MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "add_")
+"""And the bias that DeepSpeed's linear of ZeRO 3 adds over a kept product: computed again, it would be added twice."""
 COLLECTIVES = ("all_reduce", "reduce_scatter_tensor")
 """Sums over the shards of a layer, which would be sent once more."""
 ATTENTION = ("scaled_dot_product", "sep_attention", "flex_attention", "chunked", "rotate_packed", "exchange_keys")

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaFo
 from megatron.config.loader import ConfigError
 from megatron.config.schema import Config, ModelConfig
 from megatron.config.size import model_size
+from megatron.model import gpt
 from megatron.model.cache import KeyValueCache
 from megatron.model.gpt import GPTModel, build_model, cross_entropy, parameter_count
 from megatron.model.init import initialise
@@ -409,6 +411,31 @@ def test_activation_checkpointing_gives_the_same_gradients(interval: int, core: 
     expected = gradients(plain)
     for name, gradient in gradients(checkpointed).items():
         torch.testing.assert_close(gradient, expected[name], rtol=0, atol=0)
+
+
+def test_selective_checkpointing_adds_the_bias_of_zero_3s_linear_once(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed puts its own function in the place of torch's, which adds the bias over the product that is kept."""
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
+    test_activation_checkpointing_gives_the_same_gradients(interval=1, core="auto", is_selective=True, make_config=make_config)
+
+
+@pytest.mark.parametrize("changes", [{}, {"gpt_j_residual": False}, {"pos_emb": "learned"}, {"no_weight_tying": False}], ids=str)
+def test_blocks_write_over_nothing_but_what_selective_checkpointing_keeps(
+    changes: dict[str, object], make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is computed again may write over tensors that were kept with it already done."""
+    counter, run_blocks = CountOperators(), gpt.run_blocks
+
+    def counted(*given: Any, **named: Any) -> Tensor:
+        with counter:
+            return run_blocks(*given, **named)
+
+    monkeypatch.setattr(gpt, "run_blocks", counted)
+    model = random_model(make_config(hidden_dropout=0.1, **changes))
+    model.loss(random_batch(model.config))
+    assert {name for name in counter.counts if name.split(".")[1].endswith("_")} == {"aten.bernoulli_.float", "aten.div_.Scalar"}, "masks of dropout"
 
 
 def test_activation_checkpointing_computes_the_blocks_again(make_config: MakeConfig) -> None:

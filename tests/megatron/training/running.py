@@ -125,9 +125,11 @@ TRAIN_ALL = """
 import sys
 from pathlib import Path
 from megatron.config.schema import Config, ConfigFile
+from megatron.parallel.mesh import end_communication
 from megatron.training.trainer import train
 for path in sys.argv[1:]:
     train(Config.model_validate_json(Path(path).read_text()))
+end_communication()
 """
 
 

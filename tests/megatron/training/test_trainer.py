@@ -180,6 +180,16 @@ def test_evaluation_leaves_no_trace_in_training(make_config: MakeConfig, tmp_pat
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_run_is_the_same_whatever_is_computed_again(stage: int, make_config: MakeConfig, tmp_path: Path) -> None:
+    seen = []
+    for changes in ({}, {"checkpoint_activations": True}, {"checkpoint_activations": True, "recompute_granularity": "selective"}):
+        config = make_config(zero_stage=stage, training={"train_iters": 3, **changes}, checkpoint={"save": str(tmp_path / f"{len(seen)}")})
+        train(config)
+        seen.append((losses_of(config), figures(config, "train/grad_norm")))
+    assert seen[0] == seen[1] == seen[2]
+
+
 def test_a_run_of_epochs_ends_with_its_data(make_config: MakeConfig) -> None:
     epochs = {"train_iters": None, "train_epochs": 2, "eval_interval": 10_000}
     config = make_config(training=epochs, checkpoint={"save": None}, data={"split": "10,45,45"})
