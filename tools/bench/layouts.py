@@ -37,6 +37,9 @@ from tools.bench import report
 from tools.bench.machine import ROOT, describe
 
 BASE = ROOT / "configs" / "local" / "tiny.yml"
+PAGE = ROOT / "docs" / "parallel.md"
+MARKS = ("<!-- written by tools.bench.layouts -->", "<!-- end -->")
+"""In the page, around its overview."""
 SEPARATORS = [46, 44, 63, 33, 59, 58, 32, 9, 10]
 """As bytes, every eleventh token or so of the made-up text."""
 SAMPLES = 8
@@ -234,6 +237,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     for path in report.save(result, arguments, "layouts"):
         print(f"wrote {path}")
+    if arguments.save:
+        PAGE.write_text(with_overview(PAGE.read_text(encoding="utf-8"), result.body["rows"]), encoding="utf-8")  # type: ignore[arg-type]
+        print(f"wrote {PAGE}")
     for problem in problems:
         print(problem, file=sys.stderr)
     return 1 if problems else 0
@@ -410,6 +416,46 @@ def table(rows: Sequence[Row]) -> report.Table:
         f"Same: at most {ALLOWED:g} times that, or times {LEAST['fp32']:g} (fp32) and {LEAST['bfloat16']:g} (bfloat16) where it is less."
     )
     return report.Table(title=title, columns=columns, rows=[row.cells for row in rows])
+
+
+def with_overview(page: str, rows: Sequence[Mapping[str, object]]) -> str:
+    """``page`` with the tables of these rows of a saved result between its marks."""
+    before, _, rest = page.partition(MARKS[0])
+    _, mark, after = rest.partition(MARKS[1])
+    if not mark:
+        raise ValueError(f"{PAGE} has no lines {MARKS[0]} and {MARKS[1]}: put them back, the overview stands between them.")
+    return "\n\n".join([before + MARKS[0], *(table.markdown() for table in overview(rows)), MARKS[1] + after])
+
+
+def overview(rows: Sequence[Mapping[str, object]]) -> list[report.Table]:
+    """SepLLM by layout and, of the other methods, the losses; what is not the same run is bold."""
+    by_case = {(str(row["method"]), _asked_layout(row), str(row["precision"])): row for row in rows}
+    methods, layouts = list(dict.fromkeys(method for method, _, _ in by_case)), list(dict.fromkeys(layout for _, layout, _ in by_case))
+    first, *others = methods
+
+    def figures(method: str, layout: str, *names: str) -> list[str]:
+        return [_figure(by_case[method, layout, precision], name) for precision in LEAST for name in names if (method, layout, precision) in by_case]
+
+    shared = [layout for layout in layouts if all((method, layout, precision) in by_case for method in methods for precision in LEAST)]
+    names = ("loss", "norm", "weights")
+    columns = ("layout", *(f"{precision}: {name}" for precision in LEAST for name in names))
+    of_first = [(layout, *figures(first, layout, *names)) for layout in layouts]
+    of_others = [(method, *(" and ".join(figures(method, layout, "loss")) for layout in shared)) for method in others]
+    return [
+        report.Table(title=f"{first}: largest relative difference to one process", columns=columns, rows=of_first),
+        report.Table(title=f"Losses of the other methods, {' and '.join(LEAST)}", columns=("method", *shared), rows=of_others),
+    ]
+
+
+def _asked_layout(row: Mapping[str, object]) -> str:
+    """Without the ZeRO 1 of `_startable`."""
+    layout = str(row["layout"])
+    return layout if layout in LAYOUTS else layout.removesuffix("-zero1")
+
+
+def _figure(row: Mapping[str, object], name: str) -> str:
+    text = f"{row[f'{name} difference']:.0e}"
+    return text if row["is_same"] else f"**{text}**"
 
 
 if __name__ == "__main__":

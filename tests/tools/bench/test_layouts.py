@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from tools.bench.layouts import LAYOUTS, METHODS, ONE, Case, Distance, Layout, Outcome, compare, main, parse, run, write_text
+from tools.bench.layouts import (
+    LAYOUTS,
+    METHODS,
+    OF_EVERY_METHOD,
+    ONE,
+    PAGE,
+    Case,
+    Distance,
+    Layout,
+    Outcome,
+    compare,
+    main,
+    overview,
+    parse,
+    run,
+    with_overview,
+    write_text,
+)
+from tools.bench.machine import ROOT
 
 
 @pytest.mark.parametrize("text", [*LAYOUTS, "one"])
@@ -58,6 +78,22 @@ def test_two_replicas_are_one_process() -> None:
     result, problems = run(arguments)
     assert problems == []
     assert [row["layout"] for row in result.body["rows"]] == ["dp2"]  # type: ignore[attr-defined]
+
+
+def test_the_page_shows_the_saved_result() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    (link,) = re.findall(r"[(]../(benchmarks/results/[^)]*layouts).md[)]", page)
+    rows = json.loads((ROOT / f"{link}.json").read_text(encoding="utf-8"))["rows"]
+    assert with_overview(page, rows) == page
+    sepllm, others = overview(rows)
+    assert [row[0] for row in sepllm.rows] == list(LAYOUTS)
+    assert [row[0] for row in others.rows] == list(METHODS)[1:]
+    assert others.columns[1:] == OF_EVERY_METHOD
+
+
+def test_a_page_without_the_marks_is_left_alone() -> None:
+    with pytest.raises(ValueError, match="put them back"):
+        with_overview("A page.", [])
 
 
 def test_a_layout_that_cannot_be_ends_with_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
