@@ -38,7 +38,7 @@ class Batch:
         (`eod_mask_loss`). ``document_end_id``: attention and positions start anew after it; by default a row is one text.
         """
         ids = text[:, :-1].contiguous()
-        labels = (text if label is None else label)[:, 1:].contiguous()
+        labels = (text if label is None else label)[:, 1:]
         counts = labels >= 0
         if masked_id is not None:
             counts &= ids != masked_id

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.data.gpt_dataset import Sample, SampleDataset
+from megatron.data.gpt_dataset import SampleDataset
 from megatron.data.index_builder import blend_index
 
 MAX_PARTS = 254
@@ -28,7 +28,11 @@ class BlendedDataset:
             raise ValueError(f"{len(weights)} weights were given for {len(parts)} data sets: give one weight for each.")
         if not 1 <= len(parts) <= MAX_PARTS:
             raise ValueError(f"{len(parts)} data sets cannot be blended: give 1 to {MAX_PARTS}, and merge files if there are more.")
+        if len({part.is_labelled for part in parts}) > 1:
+            raise ValueError("Some data sets of the blend have label files and some have none: give label_data_paths for all of them.")
+        assert len({part.seq_length for part in parts}) == 1
         self.parts = tuple(parts)
+        self.seq_length, self.is_labelled = parts[0].seq_length, parts[0].is_labelled
         once = np.array(normalised(weights))
         self._length = sum(len(part) for part in parts)
         self.part_of, self.row_of = blend_index(once / np.sum(once), max(self._length, num_samples))
@@ -42,7 +46,7 @@ class BlendedDataset:
         """Draws before one falls on a part that has no sample left. (GPT-NeoX then repeats samples; here that is an error.)"""
         return self._num_readable
 
-    def __getitem__(self, place: int) -> Sample:
+    def read_into(self, place: int, *, text: NDArray[np.int64], label: NDArray[np.int64] | None) -> None:
         if not 0 <= place < len(self.part_of):
             raise IndexError(f"Draw {place} of the blend does not exist: it has {len(self.part_of)}, counted from 0.")
         part, row = int(self.part_of[place]), int(self.row_of[place])
@@ -51,7 +55,7 @@ class BlendedDataset:
                 f"Draw {place} of the blend wants sample {row} of data set {part}, which has {self.parts[part].num_readable}: "
                 "ask for more samples, or lower its weight."
             )
-        return self.parts[part][row]
+        self.parts[part].read_into(row, text=text, label=label)
 
 
 def normalised(weights: Sequence[float]) -> list[float]:

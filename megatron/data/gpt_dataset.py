@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, NotRequired, Protocol, TypedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,11 +16,12 @@ from megatron.data.packing import SampleIndex, SampleRequest
 IGNORED_LABEL = -100
 
 
-class Sample(TypedDict):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Samples:
     text: NDArray[np.int64]
-    """``[seq_length + 1]`` token ids: each is the input of its place and the label of the one before."""
-    label: NotRequired[NDArray[np.int64]]
-    """The same length; below 0 where the token must not be learned. Absent: everything is learned."""
+    """``[B, seq_length + 1]`` token ids: each is the input of its place and the label of the one before."""
+    label: NDArray[np.int64] | None
+    """The same shape; below 0 where the token must not be learned. None: everything is learned."""
 
 
 class Piece(NamedTuple):
@@ -40,7 +42,26 @@ class SampleDataset(Protocol):
         """Samples that can be read from the first on without one being repeated."""
         ...
 
-    def __getitem__(self, place: int) -> Sample: ...
+    @property
+    def seq_length(self) -> int: ...
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether samples have label rows."""
+        ...
+
+    def read_into(self, place: int, *, text: NDArray[np.int64], label: NDArray[np.int64] | None) -> None:
+        """Writes a sample to rows of ``seq_length + 1``. ``label`` is given if the samples have one."""
+        ...
+
+
+def read_samples(dataset: SampleDataset, places: Sequence[int]) -> Samples:
+    """The samples at ``places``. A token is copied once, from the file's map to its row, and widened on the way."""
+    text = np.empty((len(places), dataset.seq_length + 1), dtype=np.int64)
+    label = np.empty_like(text) if dataset.is_labelled else None
+    for row, place in enumerate(places):
+        dataset.read_into(place, text=text[row], label=None if label is None else label[row])
+    return Samples(text=text, label=label)
 
 
 class GPTDataset:
@@ -86,12 +107,15 @@ class GPTDataset:
     def num_readable(self) -> int:
         return self.index.num_rows
 
-    def __getitem__(self, place: int) -> Sample:
+    @property
+    def is_labelled(self) -> bool:
+        return self.labels is not None or not self.is_packed
+
+    def read_into(self, place: int, *, text: NDArray[np.int64], label: NDArray[np.int64] | None) -> None:
         pieces = self.pieces(place)
-        text = self._row(self.tokens, pieces, padding=0)
-        if self.labels is not None:
-            return {"text": text, "label": self._row(self.labels, pieces, padding=IGNORED_LABEL)}
-        return {"text": text} if self.is_packed else {"text": text, "label": self._row(self.tokens, pieces, padding=IGNORED_LABEL)}
+        _fill(text, self.tokens, pieces, padding=0)
+        if label is not None:
+            _fill(label, self.tokens if self.labels is None else self.labels, pieces, padding=IGNORED_LABEL)
 
     def pieces(self, place: int) -> list[Piece]:
         """What a sample is made of, in order, cut where it is full."""
@@ -105,14 +129,6 @@ class GPTDataset:
                 kept.append(Piece(sequence, offset, min(length, left)))
                 left -= kept[-1].length
         return kept
-
-    def _row(self, source: IndexedDataset, pieces: list[Piece], *, padding: int) -> NDArray[np.int64]:
-        row = np.full(self.seq_length + 1, padding, dtype=np.int64)
-        filled = 0
-        for sequence, offset, length in pieces:
-            row[filled : filled + length] = source.get(sequence, offset, length)
-            filled += length
-        return row
 
     def _packed_pieces(self, sample: int) -> list[Piece]:
         """The sample's tokens and the one after them."""
@@ -132,6 +148,15 @@ class GPTDataset:
         """All of the sequence at a place of the reading order."""
         sequence = int(self.index.doc_idx[position])
         return Piece(sequence, 0, int(self.tokens.sizes[sequence]))
+
+
+def _fill(row: NDArray[np.int64], source: IndexedDataset, pieces: list[Piece], *, padding: int) -> None:
+    """Writes the pieces to the row, one after another, and ``padding`` behind them."""
+    filled = 0
+    for piece in pieces:
+        row[filled : filled + piece.length] = source.get(*piece)
+        filled += piece.length
+    row[filled:] = padding
 
 
 def _check_labels(tokens: IndexedDataset, labels: IndexedDataset | None) -> None:

@@ -10,13 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from megatron.data.batch import Batch
-from megatron.data.gpt_dataset import SampleDataset
+from megatron.data.gpt_dataset import SampleDataset, read_samples
 from megatron.data.packet import Packet
 from sepllm.pattern import AttentionPattern
 
@@ -142,16 +141,12 @@ class _Maker:
     vocab_size: int | None
 
     def __call__(self, places: list[int]) -> Batch:
-        rows = [self.dataset[place] for place in places]
-        text = torch.from_numpy(np.stack([row["text"] for row in rows]))
-        labels = [row["label"] for row in rows if "label" in row]
-        if labels and len(labels) != len(rows):
-            raise ValueError("Some data sets of the blend have label files and some have none: give label_data_paths for all of them.")
-        label = torch.from_numpy(np.stack(labels)) if labels else None
+        samples = read_samples(self.dataset, places)
+        text, label = torch.from_numpy(samples.text), None if samples.label is None else torch.from_numpy(samples.label)
         if self.vocab_size is not None:
             self._check_tokens(text)
             if label is not None:
-                self._check_tokens(label.clamp(min=0))  # any label below 0 is one that does not count
+                self._check_tokens(label.amax().clamp(min=0))  # any label below 0 is one that does not count
         return Batch.from_rows(text, self.pattern, label=label, masked_id=self.masked_id, document_end_id=self.document_end_id)
 
     def _check_tokens(self, tokens: Tensor) -> None:

@@ -19,12 +19,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from megatron.config.schema import Config
-from megatron.data.gpt_dataset import GPTDataset
+from megatron.data.gpt_dataset import GPTDataset, read_samples
 from megatron.data.indexed import IndexedDataset
 from megatron.data.loader import BatchLoader
 from megatron.data.packing import SampleRequest, build_index
@@ -148,7 +147,7 @@ def open_source(folder: Path, *, seq_length: int, batch: int) -> Source:
 
 
 def first_rows(dataset: GPTDataset, count: int) -> Tensor:
-    return torch.from_numpy(np.stack([dataset[place]["text"] for place in range(count)]))
+    return torch.from_numpy(read_samples(dataset, range(count)).text)
 
 
 def consumption(config: Config, text: Tensor, device: torch.device, *, seconds: float) -> float:

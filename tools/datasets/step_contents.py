@@ -28,7 +28,7 @@ from megatron.config.loader import load_config, parse_override
 from megatron.config.schema import Config
 from megatron.data.blend import BlendedDataset
 from megatron.data.build import build_datasets, sample_counts
-from megatron.data.gpt_dataset import GPTDataset, SampleDataset
+from megatron.data.gpt_dataset import GPTDataset, SampleDataset, read_samples
 from megatron.data.loader import BatchLoader
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.launch.arguments import config_paths
@@ -179,7 +179,7 @@ def micro_batches(config: Config, dataset: SampleDataset, *, first: int, rank: i
 
 
 def _sample(dataset: SampleDataset, place: int, *, of_run: int, rank: int, micro_batch: int) -> StepSample:
-    ids = dataset[place]["text"]
+    ids = read_samples(dataset, [place]).text[0]
     part, row = dataset, place
     if isinstance(dataset, BlendedDataset):
         part, row = dataset.parts[int(dataset.part_of[place])], int(dataset.row_of[place])

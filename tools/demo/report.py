@@ -14,6 +14,7 @@ import numpy as np
 
 from megatron.config.schema import Config
 from megatron.data.build import build_datasets, sample_counts
+from megatron.data.gpt_dataset import read_samples
 from megatron.data.indexed import IndexedDataset
 from tools.demo.bigram import bigram_loss
 
@@ -66,7 +67,7 @@ def bigram_floor(config: Config, *, held_out: Path) -> float:
     assert train is not None
     assert samples.train is not None
     assert config.model.vocab_size is not None
-    read = np.concatenate([train[place]["text"][:-1] for place in range(samples.train)])
+    read = read_samples(train, range(samples.train)).text[:, :-1].ravel()
     documents = IndexedDataset(held_out)
     tokens = np.concatenate([documents[place] for place in range(len(documents))])
     return bigram_loss(read, tokens, vocab_size=config.model.vocab_size)

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron.data.batch import Batch
 from sepllm.layout import TokenLayout
@@ -16,6 +19,30 @@ def test_labels_are_the_next_tokens_and_all_count() -> None:
     assert batch.labels.tolist() == TEXT[:, 1:].tolist()
     assert batch.loss_mask.tolist() == [[1.0] * 5] * 2
     assert (batch.ids.dtype, batch.labels.dtype, batch.loss_mask.dtype) == (torch.int64, torch.int64, torch.float32)
+
+
+class Copies(TorchDispatchMode):
+    """Notes the tensors that operators make as copies of others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[Tensor] = []
+
+    def __torch_dispatch__(
+        self, function: OpOverload, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
+        made = function(*args, **(kwargs or {}))
+        if function.overloadpacket in (torch.ops.aten.clone, torch.ops.aten.copy_, torch.ops.aten._to_copy):
+            self.made.append(made)
+        return made
+
+
+def test_of_the_rows_only_the_inputs_are_copied_as_they_are() -> None:
+    with Copies() as copies:
+        batch = Batch.from_rows(TEXT, PATTERN)
+    assert [tensor is batch.ids for tensor in copies.made if tensor.dtype == torch.int64] == [True]
+    assert batch.ids.is_contiguous()
+    assert batch.labels.is_contiguous()
 
 
 def test_eod_mask_loss_hides_what_follows_the_end_of_a_document() -> None:

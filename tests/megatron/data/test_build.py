@@ -9,7 +9,7 @@ import pytest
 from megatron.config.schema import DataConfig
 from megatron.data.blend import BlendedDataset
 from megatron.data.build import Datasets, IndexBuilder, SampleCounts, build_datasets, sample_counts
-from megatron.data.gpt_dataset import GPTDataset
+from megatron.data.gpt_dataset import GPTDataset, read_samples
 from megatron.data.indexed import IndexedDatasetWriter
 
 
@@ -68,7 +68,9 @@ def test_label_files_give_every_sample_labels(tmp_path: Path) -> None:
     data = DataConfig(train_data_paths=(write(tmp_path / "x"),), train_label_data_paths=(write(tmp_path / "y", first=5000),))
     train = build(data).train
     assert train is not None
-    assert ((train[3]["label"] - train[3]["text"]) == 5000).all()
+    samples = read_samples(train, [3])
+    assert samples.label is not None
+    assert ((samples.label - samples.text) == 5000).all()
 
 
 @pytest.mark.parametrize("use_shared_fs", [True, False])

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from megatron.config.schema import DataConfig
 from megatron.data.blend import BlendedDataset, samples_of_parts, split_bounds, weights_by_num_documents
 from megatron.data.build import build_datasets, sample_counts
-from megatron.data.gpt_dataset import IGNORED_LABEL, GPTDataset
+from megatron.data.gpt_dataset import IGNORED_LABEL, GPTDataset, read_samples
 from megatron.data.index_builder import blend_index
 from megatron.data.index_cache import masked_sequences
 from megatron.data.indexed import CODES, IndexedDataset, IndexedDatasetWriter
@@ -83,19 +83,20 @@ def test_packed_samples_are_gpt_neoxs(case: dict[str, Any]) -> None:
         assert sha256(getattr(index, name)) == case[f"{name}_sha256"], name
         if name in case:
             assert getattr(index, name).tolist() == case[name]
-    rows = [dataset[place]["text"] for place in range(len(dataset))]
-    assert [row.tolist() for row in rows[: len(case["first"])]] == case["first"]
-    assert [row.tolist() for row in rows[-len(case["last"]) :]] == case["last"]
-    assert all(row.dtype == np.int64 for row in rows)
-    assert sha256(np.stack(rows)) == case["samples_sha256"]
+    rows = read_samples(dataset, range(len(dataset))).text
+    assert rows[: len(case["first"])].tolist() == case["first"]
+    assert rows[-len(case["last"]) :].tolist() == case["last"]
+    assert rows.dtype == np.int64
+    assert sha256(rows) == case["samples_sha256"]
 
 
 def test_label_rows_follow_their_text_rows() -> None:
     case = GOLDEN["labels_packed"]
     dataset = open_case(case, labels=True)
     assert len(dataset) == case["len"]
-    rows = [dataset[place] for place in range(len(dataset))]
-    assert [[row["text"].tolist(), row["label"].tolist()] for row in rows] == case["rows"]
+    rows = read_samples(dataset, range(len(dataset)))
+    assert rows.label is not None
+    assert [list(pair) for pair in zip(rows.text.tolist(), rows.label.tolist(), strict=True)] == case["rows"]
 
 
 @pytest.mark.parametrize("case", GOLDEN["pack_until_overflow"], ids=lambda case: f"{case['seq_length']}-{case['labels']}-{case['allow_chopped']}")
@@ -114,12 +115,13 @@ def test_pack_until_overflow_rows_are_gpt_neoxs_without_the_next_packs_first_tok
         sample = dataset.index.shuffle_idx[place]
         pack = dataset.index.doc_idx[dataset.index.sample_idx[sample] : dataset.index.sample_idx[sample + 1]]
         filled = min(int(dataset.tokens.sizes[pack].sum()), case["seq_length"] + 1)
-        row = dataset[place]
-        assert row["text"][:filled].tolist() == golden[0][:filled]
-        assert not row["text"][filled:].any()
-        assert (row["label"][filled:] == IGNORED_LABEL).all()
+        row = read_samples(dataset, [place])
+        assert row.label is not None
+        assert row.text[0, :filled].tolist() == golden[0][:filled]
+        assert not row.text[0, filled:].any()
+        assert (row.label[0, filled:] == IGNORED_LABEL).all()
         if case["labels"]:
-            assert row["label"][:filled].tolist() == golden[1][:filled]
+            assert row.label[0, :filled].tolist() == golden[1][:filled]
         assert not any(golden[0][filled + 1 :])
 
 
@@ -163,7 +165,7 @@ def micro_batches(dataset: BlendedDataset, *, rank: int, first: int = 0) -> list
     case = GOLDEN["run"]
     num_samples = case["micro"] * case["dp"] * case["gas"] * case["iters"]
     places = Places(num_samples=num_samples, micro_batch_size=case["micro"], rank=rank, num_ranks=case["dp"], first=first, passes=1)
-    return [[dataset[place]["text"].tolist() for place in batch] for batch in places]
+    return [read_samples(dataset, batch).text.tolist() for batch in places]
 
 
 def test_a_two_rank_run_reads_gpt_neoxs_samples(run: BlendedDataset) -> None:

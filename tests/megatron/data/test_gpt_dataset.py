@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.data.gpt_dataset import IGNORED_LABEL, GPTDataset
+from megatron.data.gpt_dataset import IGNORED_LABEL, GPTDataset, read_samples
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron.data.packing import PackImpl, SampleIndex, SampleRequest, build_index
 
@@ -42,24 +42,26 @@ def test_packed_samples_cut_the_shuffled_stream(seq_length: int, tmp_path: Path)
     stream = np.concatenate([tokens[int(sequence)] for sequence in dataset.index.doc_idx])
     for place in range(dataset.num_readable):
         start = int(dataset.index.shuffle_idx[place]) * seq_length
-        assert dataset[place]["text"].tolist() == stream[start : start + seq_length + 1].tolist()
-        assert "label" not in dataset[place]
+        assert read_samples(dataset, [place]).text[0].tolist() == stream[start : start + seq_length + 1].tolist()
+        assert read_samples(dataset, [place]).label is None
 
 
 def test_the_last_packed_sample_is_there_but_not_counted(tmp_path: Path) -> None:
     dataset = open_dataset(write(tmp_path / "x", [[1, 2, 3, 4, 5]] * 5), request(5))
     assert len(dataset) == dataset.num_readable - 1
-    dataset[len(dataset)]
+    read_samples(dataset, [len(dataset)])
     for place in (-1, dataset.num_readable):
         with pytest.raises(IndexError, match=f"Sample {place} of .*x does not exist"):
-            dataset[place]
+            read_samples(dataset, [place])
 
 
 def test_unpacked_samples_are_one_sequence_each_with_their_padding_hidden(tmp_path: Path) -> None:
     tokens = write(tmp_path / "x", [[1, 2], [], [3, 4, 5, 6, 7, 8], [9, 9, 9, 9, 9]])
     dataset = open_dataset(tokens, request(4, pack_impl="unpacked"))
     assert len(dataset) == dataset.num_readable == 6
-    rows = {tuple(dataset[place]["text"].tolist()): dataset[place]["label"].tolist() for place in range(6)}
+    samples = read_samples(dataset, range(6))
+    assert samples.label is not None
+    rows = {tuple(text): label for text, label in zip(samples.text.tolist(), samples.label.tolist(), strict=True)}
     assert rows == {
         (1, 2, 0, 0, 0): [1, 2, IGNORED_LABEL, IGNORED_LABEL, IGNORED_LABEL],
         (3, 4, 5, 6, 7): [3, 4, 5, 6, 7],
@@ -71,14 +73,14 @@ def test_unpacked_samples_are_one_sequence_each_with_their_padding_hidden(tmp_pa
 def test_without_chopping_long_sequences_are_left_out(pack_impl: PackImpl, tmp_path: Path) -> None:
     tokens = write(tmp_path / "x", [[1, 2], [3, 4, 5, 6, 7, 8], [9, 9]])
     dataset = open_dataset(tokens, request(3, pack_impl=pack_impl, allow_chopped=False))
-    assert not any(3 in dataset[place]["text"] for place in range(len(dataset)))
+    assert 3 not in read_samples(dataset, range(len(dataset))).text
 
 
 def test_packs_stay_inside_the_split(tmp_path: Path) -> None:
     tokens = write(tmp_path / "x", [[document] * 2 for document in range(1, 9)])
     wanted = SampleRequest(first_document=2, last_document=5, seq_length=4, num_samples=9, seed=3, pack_impl="pack_until_overflow")
     dataset = open_dataset(tokens, wanted)
-    assert {int(token) for place in range(9) for token in dataset[place]["text"]} <= {0, 3, 4, 5}
+    assert set(read_samples(dataset, range(9)).text.flat) <= {0, 3, 4, 5}
 
 
 @pytest.mark.parametrize(
@@ -130,7 +132,7 @@ def test_the_pieces_of_a_sample_are_its_tokens(pack_impl: PackImpl, tmp_path: Pa
     dataset = open_dataset(tokens, request(5, seq_length=4, pack_impl=pack_impl))
     for place in range(dataset.num_readable):
         read = [token for piece in dataset.pieces(place) for token in tokens.get(*piece).tolist()]
-        assert dataset[place]["text"].tolist() == read + [0] * (5 - len(read))
+        assert read_samples(dataset, [place]).text[0].tolist() == read + [0] * (5 - len(read))
         assert all(piece.length > 0 for piece in dataset.pieces(place))
 
 
@@ -157,7 +159,7 @@ def test_an_index_of_any_numbers_reads_tokens_of_the_file_or_says_that_they_do_n
     dataset = GPTDataset(tokens, index, seq_length=4)
     for place in range(3):
         try:
-            text = dataset[place]["text"]
+            text = read_samples(dataset, [place]).text[0]
         except IndexError:
             continue
         assert text.shape == (5,)

@@ -3,16 +3,19 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
-from megatron.data.gpt_dataset import Sample
-from megatron.data.indexed import IndexedDatasetWriter
+from megatron.data.gpt_dataset import GPTDataset
+from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron.data.loader import BatchLoader
+from megatron.data.packing import SampleRequest, build_index
 from sepllm.pattern import AttentionPattern
 
 PATTERN = AttentionPattern(initial_tokens=1, separator_ids=(5,), windows=(2, 4))
@@ -23,7 +26,8 @@ class Numbers:
     """Sample i is ``[i, i, i]``; the last one is there but not counted, as in packed data."""
 
     length: int
-    num_labelled: int = 0
+    is_labelled: bool = False
+    seq_length: int = 2
 
     def __len__(self) -> int:
         return self.length - 1
@@ -32,9 +36,10 @@ class Numbers:
     def num_readable(self) -> int:
         return self.length
 
-    def __getitem__(self, place: int) -> Sample:
-        text = np.full(3, place)
-        return {"text": text, "label": text - 1} if place < self.num_labelled else {"text": text}
+    def read_into(self, place: int, *, text: NDArray[np.int64], label: NDArray[np.int64] | None) -> None:
+        text[:] = place
+        if label is not None:
+            label[:] = place - 1
 
 
 def read(loader: BatchLoader, count: int | None = None) -> list[list[int]]:
@@ -101,14 +106,9 @@ def test_a_rank_that_does_not_exist_is_refused() -> None:
 
 
 def test_label_rows_become_labels() -> None:
-    (batch,) = itertools.islice(BatchLoader(Numbers(5, num_labelled=5), PATTERN, micro_batch_size=2), 1)
+    (batch,) = itertools.islice(BatchLoader(Numbers(5, is_labelled=True), PATTERN, micro_batch_size=2), 1)
     assert batch.loss_mask.tolist() == [[0, 0], [1, 1]]
     assert batch.labels.tolist() == [[0, 0], [0, 0]]
-
-
-def test_label_rows_for_some_samples_only_are_refused() -> None:
-    with pytest.raises(ValueError, match="give label_data_paths for all of them"):
-        read(BatchLoader(Numbers(5, num_labelled=1), PATTERN, micro_batch_size=2), 1)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -120,7 +120,7 @@ def test_a_token_outside_the_vocabulary_is_a_sentence_and_not_an_index(num_worke
 
 
 def test_a_negative_token_is_none_and_a_negative_label_is_ignored() -> None:
-    labelled = BatchLoader(Numbers(5, num_labelled=5), PATTERN, micro_batch_size=2, vocab_size=9)
+    labelled = BatchLoader(Numbers(5, is_labelled=True), PATTERN, micro_batch_size=2, vocab_size=9)
     assert read(labelled, 2) == [[0, 1], [2, 3]]
     with pytest.raises(ValueError, match="The data holds token -1,"):
         read(BatchLoader(Shifted(5), PATTERN, micro_batch_size=2, vocab_size=9), 1)
@@ -129,25 +129,55 @@ def test_a_negative_token_is_none_and_a_negative_label_is_ignored() -> None:
 class Shifted(Numbers):
     """Sample i is full of i - 1."""
 
-    def __getitem__(self, place: int) -> Sample:
-        return {"text": np.full(3, place - 1)}
+    def read_into(self, place: int, *, text: NDArray[np.int64], label: NDArray[np.int64] | None) -> None:
+        text[:] = place - 1
 
 
 def test_no_batch_is_kept() -> None:
     seen: list[int] = []
 
     class Counting(Numbers):
-        def __getitem__(self, place: int) -> Sample:
+        def read_into(self, place: int, *, text: NDArray[np.int64], label: NDArray[np.int64] | None) -> None:
             seen.append(place)
-            return super().__getitem__(place)
+            super().read_into(place, text=text, label=label)
 
     read(BatchLoader(Counting(4), PATTERN, micro_batch_size=3, passes=None), 3)
     assert seen == [0, 1, 2] * 3
 
 
+def documents(prefix: Path, *, length: int) -> IndexedDataset:
+    """A hundred documents of so many tokens below 1000, two bytes each."""
+    with IndexedDatasetWriter(prefix, "u2") as writer:
+        for first in range(100):
+            writer.add_document(np.arange(first, first + length) % 1000)
+    return IndexedDataset(prefix)
+
+
+def packed(tokens: IndexedDataset, *, seq_length: int, labels: IndexedDataset | None = None) -> GPTDataset:
+    request = SampleRequest(first_document=0, last_document=len(tokens), seq_length=seq_length, num_samples=None, num_epochs=1, seed=1)
+    return GPTDataset(tokens, build_index(request, tokens.sizes), seq_length=seq_length, labels=labels)
+
+
+@pytest.mark.parametrize("is_labelled", [False, True])
+def test_reading_a_batch_takes_the_memory_of_its_rows_and_no_more(is_labelled: bool, tmp_path: Path) -> None:
+    """What numpy allocates, that is. A copy beside the one into the rows, even of a single row, would show."""
+    tokens = documents(tmp_path / "x", length=5000)
+    dataset = packed(tokens, seq_length=4096, labels=tokens if is_labelled else None)
+    batches = iter(BatchLoader(dataset, PATTERN, micro_batch_size=8))
+    next(batches)
+    row_bytes = 4097 * 8
+    tracemalloc.start()
+    next(batches)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    rows_bytes = (1 + is_labelled) * 8 * row_bytes
+    assert rows_bytes <= peak_bytes < rows_bytes + row_bytes // 2
+
+
 EPOCH = """
 import itertools
 import sys
+import tracemalloc
 from pathlib import Path
 
 from megatron.data.gpt_dataset import GPTDataset
@@ -179,9 +209,7 @@ print(own_kilobytes() - before, 1500 * size // 1024)
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_memory_stays_the_same_over_epochs(num_workers: int, tmp_path: Path) -> None:
     """What the process itself holds: pages of the mapped file come and go as the system likes."""
-    with IndexedDatasetWriter(tmp_path / "x", "u2") as writer:
-        for first in range(100):
-            writer.add_document(np.arange(first, first + 5000) % 1000)
+    documents(tmp_path / "x", length=5000)
     command = [sys.executable, "-c", EPOCH, str(tmp_path / "x"), str(num_workers)]
     done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron.data import index_builder, index_cache, packing
-from megatron.data.gpt_dataset import GPTDataset
+from megatron.data.gpt_dataset import GPTDataset, read_samples
 from megatron.data.index_cache import open_index
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron.data.packing import SampleIndex, SampleRequest, build_index, shuffle_dtype
@@ -49,11 +49,11 @@ def test_samples_behind_4_gigabytes_are_read_where_they_lie(tmp_path: Path) -> N
     dataset = GPTDataset(tokens, build_index(wanted, tokens.sizes), seq_length=2**20)
     place_of = np.argsort(dataset.index.shuffle_idx)
     for position, sequence in enumerate(dataset.index.doc_idx.tolist()):
-        row = dataset[int(place_of[position * 2**10])]["text"]
+        row = read_samples(dataset, [int(place_of[position * 2**10])]).text[0]
         assert row[0] == sequence + 1
         assert not row[1:].any()
         if position < 3:
-            end = dataset[int(place_of[(position + 1) * 2**10 - 1])]["text"]
+            end = read_samples(dataset, [int(place_of[(position + 1) * 2**10 - 1])]).text[0]
             assert end[-2:].tolist() == [sequence + 1, dataset.index.doc_idx[position + 1] + 1]
 
 
@@ -88,7 +88,7 @@ def test_the_64_bit_branches_give_the_same_order_and_the_same_samples(tmp_path: 
     assert is_same(dataset.index, defined)
     for place in range(dataset.num_readable):
         start = int(defined.shuffle_idx[place]) * 13
-        assert dataset[place]["text"].tolist() == stream[start : start + 14].tolist()
+        assert read_samples(dataset, [place]).text[0].tolist() == stream[start : start + 14].tolist()
 
 
 @pytest.mark.usefixtures("wide")
