@@ -61,6 +61,17 @@ ASKED = {
     "local_gsm8k": "question",
 }
 """The field that tells one question from another."""
+SHOTS = {
+    "demo_next_sentence": "It began.\nNo.",
+    "local_arc_easy": "Question: Which?\nAnswer: blue",
+    "local_arc_challenge": "Question: Which?\nAnswer: blue",
+    "local_piqa": "Question: Open it\nAnswer: Pull.",
+    "local_winogrande": "The cup fit the box because the cup was small.",
+    "local_wsc273": "The cup fit the box because the cup was small.",
+    "local_lambada": "They went home to their house",
+    "local_gsm8k": "Question: How many?\nAnswer: 1,000+1=1,001\n#### 1,001",
+}
+"""A question with its right answer."""
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +125,7 @@ def test_a_folder_that_is_not_named_or_lacks_the_file_is_an_error(manager: TaskM
 
 
 @pytest.mark.parametrize("name", ASKED)
-def test_shots_never_hold_the_question_that_is_asked(manager: TaskManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_shots_are_other_questions_with_their_right_answers(manager: TaskManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     file, row = ROWS[name]
     rows = [row | {ASKED[name]: f"Number {place}: {row[ASKED[name]]}"} for place in range(4)]
     (tmp_path / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -125,6 +136,7 @@ def test_shots_never_hold_the_question_that_is_asked(manager: TaskManager, tmp_p
     task.build_all_requests(rank=0, world_size=1)
     for instance in task.instances:
         assert sorted(re.findall(r"Number (\d):", instance.args[0])) == ["0", "1", "2", "3"]
+        assert re.sub(r"Number \d: ", "", instance.args[0]).startswith(f"{SHOTS[name]}\n\n" * 3)
 
 
 @pytest.mark.usefixtures("data")
