@@ -64,7 +64,7 @@ TASKS = (
     Task(name="local_gsm8k", documents=8, shots=5),
 )
 FROM_A_CACHE = ("local_wikitext", "local_gsm8k")
-"""Tasks whose texts are longer than a cache; on the others a SepCache drops nothing."""
+"""Tasks that a SepCache is scored on. With few shots the texts of the others are shorter than a cache, which then drops nothing."""
 SHOWN = {
     "local_wikitext": ("word_perplexity",),
     "local_lambada": ("perplexity", "acc"),
@@ -260,7 +260,7 @@ def as_result(scores: Sequence[Score], methods: Sequence[Method], arguments: arg
         },
         body={"rows": [asdict(score) for score in scores], "methods": [asdict(method) for method in methods]},
         tables=tables,
-        notes=[f"SepCache is scored on {' and '.join(FROM_A_CACHE)} only: it drops nothing from shorter texts."]
+        notes=[f"SepCache is scored on {' and '.join(FROM_A_CACHE)} only; it drops nothing from texts that fit into its cache."]
         if "sepcache" in arguments.methods
         else [],
         title=f"{Path(arguments.model).name} without training: {machine.title()}",
