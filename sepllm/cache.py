@@ -9,16 +9,20 @@ Rows stand side by side with their newest tokens in the last column, so a row th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
 
-from sepllm.layout import KeyRanges, Reach
+from sepllm.layout import KeyRanges
 
 EMPTY = -1
 """Place of a column that holds no text: the row has fewer tokens than others, or padding stood there."""
+
+ROOM = 256
+"""Columns that are made at once for tokens to come."""
 
 When = Literal["never", "before reading", "after reading"]
 """Whether a compression comes before the new tokens read, so that they see what it left, or after, so that they see all that was there."""
@@ -54,93 +58,201 @@ class CacheBudget:
         return self.initial + self.separators + self.local
 
 
+@dataclass(frozen=True, kw_only=True)
+class RowSizes:
+    """In what rows differ, each ``[B]`` int64 on the CPU. All of it, and what is worked out from it, stays as it is while every row gets text."""
+
+    empty: Tensor
+    """Columns before the row's first token."""
+    dropped: Tensor
+    """Tokens of its text that are no longer stored."""
+    growth: Tensor
+    """By how much an unbounded row has outgrown its budget of separators, and so its total."""
+
+    @cached_property
+    def num_empty(self) -> int:
+        """Over all rows, like the next."""
+        return int(self.empty.sum())
+
+    @cached_property
+    def num_dropped(self) -> int:
+        return int(self.dropped.sum())
+
+    @cached_property
+    def most_empty(self) -> int:
+        """Of any row, like the next."""
+        return int(self.empty.max())
+
+    @cached_property
+    def most_growth(self) -> int:
+        return int(self.growth.max())
+
+    @cached_property
+    def earliest(self) -> int:
+        """By how many columns more than a row's total the cache is wider when the first row is due."""
+        return int((self.empty + self.growth).min())
+
+    def select(self, rows: Tensor) -> RowSizes:
+        """These rows, in this order. Waits for the device of ``rows`` where rows differ."""
+        sizes = torch.stack([self.empty, self.dropped, self.growth])
+        are_equal = bool((sizes == sizes[:, :1]).all())
+        empty, dropped, growth = sizes[:, :1].expand(-1, len(rows)) if are_equal else sizes[:, rows.cpu()]
+        return RowSizes(empty=empty, dropped=dropped, growth=growth)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTokens:
     """The tokens that a cache holds: each column of a row is one token, oldest first, newest last."""
 
-    ids: Tensor
-    """``[B, S]`` int64"""
-    places: Tensor
-    """``[B, S]`` int64: the token's place in its text, ascending; `EMPTY` in the columns before a row's first token."""
-    positions: Tensor
-    """``[B, S]`` int64: the position that the model was told when the token came."""
+    columns: Tensor
+    """``[3, B, S or more]`` int64: ids, places and positions. What is behind the ``S`` columns is room, where places and positions are those of
+    text to come: a token that joins writes its id only."""
+    width: int
+    """``S``"""
+    first: Tensor
+    """``[B, 1]`` int32: the column of each row's first token."""
     window_start: Tensor
     """``[B, 1]`` int64: place at which the past window begins; every token from there on is stored."""
-    counts: Tensor
-    """``[B]`` int64, always on the CPU, like the next two: how many columns of each row hold text."""
-    texts: Tensor
-    """Tokens of each row that ever came."""
-    growth: Tensor
-    """By how much an unbounded row has outgrown its budget of separators, and so its total."""
+    sizes: RowSizes
     lockstep: Lockstep | None = None
 
     @classmethod
     def none(cls, rows: int, device: torch.device | str | None = None) -> StoredTokens:
         """No tokens yet, in so many rows."""
-        nothing = torch.zeros(rows, 0, dtype=torch.int64, device=device)
-        zeros = torch.zeros(rows, dtype=torch.int64)
-        return cls(ids=nothing, places=nothing, positions=nothing, window_start=nothing.new_zeros(rows, 1), counts=zeros, texts=zeros, growth=zeros)
+        start, zeros = torch.zeros(rows, 1, dtype=torch.int64, device=device), torch.zeros(rows, dtype=torch.int64)
+        return cls(
+            columns=start.new_zeros(3, rows, 0),
+            width=0,
+            first=start.int(),
+            window_start=start,
+            sizes=RowSizes(empty=zeros, dropped=zeros, growth=zeros),
+        )
 
     @property
-    def width(self) -> int:
-        """``S``"""
-        return self.ids.shape[1]
+    def ids(self) -> Tensor:
+        """``[B, S]`` int64"""
+        return self.columns[0, :, : self.width]
+
+    @property
+    def places(self) -> Tensor:
+        """``[B, S]`` int64: the token's place in its text, ascending; `EMPTY` in the columns before a row's first token."""
+        return self.columns[1, :, : self.width]
+
+    @property
+    def positions(self) -> Tensor:
+        """``[B, S]`` int64: the position that the model was told when the token came; its place where nobody said."""
+        return self.columns[2, :, : self.width]
+
+    @property
+    def num_rows(self) -> int:
+        """``B``"""
+        return self.columns.shape[1]
+
+    @property
+    def counts(self) -> Tensor:
+        """``[B]`` int64 on the CPU, like the next: how many columns of each row hold text."""
+        return self.width - self.sizes.empty
+
+    @property
+    def texts(self) -> Tensor:
+        """Tokens of each row that ever came."""
+        return self.counts + self.sizes.dropped
+
+    @property
+    def growth(self) -> Tensor:
+        """By how much an unbounded row has outgrown its budget."""
+        return self.sizes.growth
 
     @property
     def has_empty_columns(self) -> bool:
-        """Whether any row holds fewer tokens than there are columns. Waits for no device."""
-        return bool((self.counts != self.width).any())
+        """Whether any row holds fewer tokens than there are columns."""
+        return self.sizes.most_empty > 0
 
-    def first_columns(self) -> Tensor:
-        """The column of each row's first token. ``[B, 1]`` int64"""
-        return (self.places == EMPTY).sum(1, keepdim=True)
+    @property
+    def has_text_in_every_row(self) -> bool:
+        return self.sizes.most_empty < self.width
 
     def slots(self) -> Tensor:
         """The number of each token among those its row holds; 0 in empty columns. ``[B, S]`` int64"""
-        return (torch.arange(self.width, device=self.ids.device) - self.first_columns()).clamp_(min=0)
+        return (torch.arange(self.width, device=self.first.device) - self.first).clamp_(min=0)
 
     def append(self, ids: Tensor, *, is_text: Tensor | None = None, positions: Tensor | None = None) -> StoredTokens:
-        """With ``ids [B, T]`` in T more columns. ``is_text [B, T]`` bool: False on padding, which may only stand before a row's text.
+        """With ``ids [B, T]`` in T more columns, which may share memory with these: what is here is not to be appended to again.
 
-        ``positions [B, T]`` (by default the places in the text) are only kept, not looked at. Without ``is_text`` no device is waited for.
+        ``is_text [B, T]`` bool: False on padding, which may only stand before a row's text; without it no device is waited for. ``positions
+        [B, T]`` (by default the places in the text) are only kept, not looked at.
         """
-        rows, length = ids.shape
-        last = self.places[:, -1:] if self.width else torch.full_like(self.window_start, EMPTY)
-        if is_text is None:
-            places = last + torch.arange(1, length + 1, device=ids.device)
-            added = torch.tensor(length)
-        else:
-            places = torch.where(is_text, last + is_text.cumsum(1), EMPTY)
-            added = is_text.sum(1).cpu()
-        return replace(
-            self,
-            ids=torch.cat([self.ids, ids.long()], 1),
-            places=torch.cat([self.places, places], 1),
-            positions=torch.cat([self.positions, places.clamp(min=0) if positions is None else positions.long().expand(rows, -1)], 1),
-            counts=self.counts + added,
-            texts=self.texts + added,
-        )
+        grown = self._with_room(ids.shape[1]) if is_text is None else self._with_padding(is_text)
+        new = grown.columns[:, :, self.width : grown.width]
+        new[0].copy_(ids)
+        if positions is not None:
+            new[2].copy_(positions)
+        return grown
+
+    def _with_room(self, length: int) -> StoredTokens:
+        """The next ``length`` columns are text."""
+        columns, width = self.columns, self.width + length
+        if columns.shape[2] < width:
+            ahead = self._last_places() + torch.arange(1, length + ROOM + 1, device=columns.device)
+            columns = torch.cat([columns[:, :, : self.width], ahead.expand(3, -1, -1)], 2)
+        return replace(self, columns=columns, width=width)
+
+    def _with_padding(self, is_text: Tensor) -> StoredTokens:
+        """The next columns are what ``is_text [B, T]`` says."""
+        places = torch.where(is_text, self._last_places() + is_text.cumsum(1), EMPTY)
+        columns = torch.cat([self.columns[:, :, : self.width], torch.stack([places, places, places.clamp(min=0)])], 2)
+        first = (columns[1] == EMPTY).sum(1, keepdim=True)
+        sizes = replace(self.sizes, empty=first[:, 0].cpu())
+        return replace(self, columns=columns, width=columns.shape[2], first=first.int(), sizes=sizes)
+
+    def _last_places(self) -> Tensor:
+        return self.places[:, -1:] if self.width else torch.full_like(self.window_start, EMPTY)
 
     def select(self, rows: Tensor) -> StoredTokens:
         """These rows, in this order; rows may repeat (beams). ``rows`` int64. Waits for a device where rows differ in size."""
-        sizes = torch.stack([self.counts, self.texts, self.growth])
-        are_equal = bool((sizes == sizes[:, :1]).all())
-        sizes = sizes[:, :1].expand(-1, len(rows)) if are_equal else sizes[:, rows.cpu()]
-        here = rows.to(self.ids.device)
+        here = rows.to(self.columns.device)
         return replace(
             self,
-            ids=self.ids.index_select(0, here),
-            places=self.places.index_select(0, here),
-            positions=self.positions.index_select(0, here),
+            columns=self.columns.index_select(1, here),
+            first=self.first.index_select(0, here),
             window_start=self.window_start.index_select(0, here),
-            counts=sizes[0],
-            texts=sizes[1],
-            growth=sizes[2],
+            sizes=self.sizes.select(rows),
         )
 
-    def gather(self, source: Tensor) -> StoredTokens:
-        """With column ``source[b, s]`` of row b in its column s. ``source [B, S']`` int64"""
-        return replace(self, ids=self.ids.gather(1, source), places=self.places.gather(1, source), positions=self.positions.gather(1, source))
+    def state(self) -> TokenState:
+        """A copy of all that `restored` needs. Not under a `ReferencePolicy`."""
+        sizes = self.sizes
+        return TokenState(
+            columns=self.columns[:, :, : self.width].clone(),
+            window_start=self.window_start,
+            empty=sizes.empty,
+            dropped=sizes.dropped,
+            growth=sizes.growth,
+        )
+
+    @classmethod
+    def restored(cls, state: TokenState, device: torch.device | str) -> StoredTokens:
+        """The tokens that `state` was taken of, on a device."""
+        columns, empty = state["columns"].to(device), state["empty"].cpu()
+        return cls(
+            columns=columns,
+            width=columns.shape[2],
+            first=empty[:, None].to(device, torch.int32),
+            window_start=state["window_start"].to(device),
+            sizes=RowSizes(empty=empty, dropped=state["dropped"].cpu(), growth=state["growth"].cpu()),
+        )
+
+    def keep(self, source: Tensor, *, counts: Tensor, growth: Tensor) -> StoredTokens:
+        """With column ``source[b, s]`` of row b in its column s. ``source [B, S']`` int64
+
+        ``counts [B]`` on the CPU: tokens that each row has then, at its end. ``growth``: as in `RowSizes`.
+        """
+        width = source.shape[1]
+        sizes = RowSizes(empty=width - counts, dropped=self.texts - counts, growth=growth)
+        first = sizes.empty.to(source.device)[:, None]
+        columns = self.columns.gather(2, source.expand(3, -1, -1))
+        columns[1].masked_fill_(torch.arange(width, device=source.device) < first, EMPTY)
+        return replace(self, columns=columns, width=width, first=first.int(), sizes=sizes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,29 +285,19 @@ class CachePolicy:
 
     def compress(self, stored: StoredTokens) -> Compression | None:
         """What is kept of the rows that are due; None if none is. Only then is a device waited for, once, to learn the new counts."""
-        due = stored.counts >= self.limits(stored)
-        if not bool(due.any()):
+        if stored.width < self.budget.total + stored.sizes.earliest:
             return None
-        is_due = due.to(stored.ids.device)[:, None]
+        due = stored.counts >= self.limits(stored)
+        is_due = due.to(stored.columns.device)[:, None]
         local_start = stored.places[:, -1:] - (self.budget.local - 1)
         is_separator = self._kept_separators(stored, local_start)
         is_initial = stored.places < self.budget.initial
         is_kept = (stored.places != EMPTY) & (~is_due | is_initial | is_separator | (stored.places >= local_start))
         counts, separators = torch.stack([is_kept.sum(1), is_separator.sum(1)]).cpu()
-        width = int(counts.max())
-        source = _newest_last(is_kept, width)
-        kept = stored.gather(source)
-        is_empty = torch.arange(width, device=source.device) < (width - counts.to(source.device))[:, None]
-        return Compression(
-            stored=replace(
-                kept,
-                places=kept.places.masked_fill(is_empty, EMPTY),
-                window_start=torch.where(is_due, local_start, stored.window_start),
-                counts=counts,
-                growth=stored.growth if self.is_bounded else torch.maximum(stored.growth, (separators - self.budget.separators) * due),
-            ),
-            source=source,
-        )
+        growth = stored.growth if self.is_bounded else torch.maximum(stored.growth, (separators - self.budget.separators) * due)
+        source = _newest_last(is_kept, int(counts.max()))
+        kept = stored.keep(source, counts=counts, growth=growth)
+        return Compression(stored=replace(kept, window_start=torch.where(is_due, local_start, stored.window_start)), source=source)
 
     def _kept_separators(self, stored: StoredTokens, local_start: Tensor) -> Tensor:
         """Which columns a compression keeps because they are separators. ``[B, S]`` bool"""
@@ -241,10 +343,11 @@ class ReferencePolicy:
 
     def compress(self, stored: StoredTokens) -> Compression | None:
         """What is kept when the columns have reached ``c``; None before that."""
-        if stored.width < int(self.limits(stored).max()):
+        growth = stored.sizes.most_growth
+        if stored.width < self.budget.total + growth:
             return None
         assert stored.lockstep is not None
-        offset, growth = stored.lockstep.offset, int(stored.growth.max())
+        offset = stored.lockstep.offset
         if self.budget.after_compression + offset >= self.budget.total:
             raise ValueError(
                 f"The prompt holds {offset} padding ids in some row, and init_cache_size + sep_cache_size + local_size + {offset} must stay less "
@@ -252,7 +355,7 @@ class ReferencePolicy:
             )
         head, local_start = self.budget.initial + offset, stored.width - self.budget.local
         old_end = stored.lockstep.separators_end or head
-        columns = torch.arange(stored.width, device=stored.ids.device).expand(len(stored.ids), -1)
+        columns = torch.arange(stored.width, device=stored.columns.device).expand(stored.num_rows, -1)
         separators = self._new_separators(stored, old_end, local_start)
         if self.accumulates:
             separators = torch.cat([columns[:, head:old_end], separators], 1)
@@ -261,11 +364,9 @@ class ReferencePolicy:
         else:
             growth = max(growth, separators.shape[1] - self.budget.separators)
         source = torch.cat([columns[:, :head], separators, columns[:, local_start:]], 1)
-        kept = stored.gather(source)
-        counts = (kept.places != EMPTY).sum(1).cpu()
-        end = head + separators.shape[1]
-        kept = replace(kept, counts=counts, growth=torch.full_like(counts, growth), lockstep=Lockstep(offset=offset, separators_end=end))
-        return Compression(stored=kept, source=source)
+        counts = (stored.places.gather(1, source) != EMPTY).sum(1).cpu()
+        kept = stored.keep(source, counts=counts, growth=torch.full_like(counts, growth))
+        return Compression(stored=replace(kept, lockstep=Lockstep(offset=offset, separators_end=head + separators.shape[1])), source=source)
 
     def _new_separators(self, stored: StoredTokens, start: int, end: int) -> Tensor:
         """Columns of what the past window ``start .. end`` gives to the separators. ``[B, equally many]``"""
@@ -283,10 +384,20 @@ class ReferencePolicy:
 Policy = CachePolicy | ReferencePolicy
 
 
+class TokenState(TypedDict):
+    """What `StoredTokens.restored` needs."""
+
+    columns: Tensor
+    window_start: Tensor
+    empty: Tensor
+    dropped: Tensor
+    growth: Tensor
+
+
 class HistoryState(TypedDict):
     """What `TokenHistory.restore` needs."""
 
-    tokens: dict[str, Tensor]
+    tokens: TokenState
     num_columns: int
     kept_sum: int
     seen_sum: int
@@ -319,17 +430,19 @@ class TokenHistory:
         self.stored = stored if compression is None else compression.stored
         self.has_compressed |= compression is not None
         self.num_columns += ids.shape[1]
+        sizes = self.stored.sizes
         self.step = Step(
             reads=self.stored if compresses == "before reading" else stored,
             source=None if compression is None else compression.source,
             num_new=ids.shape[1],
             is_first=is_first,
             compresses=compresses,
-            limit=int(self.policy.limits(self.stored).max()),
+            limit=self.policy.budget.total + sizes.most_growth,
         )
         is_reference = isinstance(self.policy, ReferencePolicy)
-        self.kept_sum += self.stored.width if is_reference else int(self.stored.counts.sum())
-        self.seen_sum += self.num_columns if is_reference else int(self.stored.texts.sum())
+        kept = self.stored.width if is_reference else self.stored.width * self.stored.num_rows - sizes.num_empty
+        self.kept_sum += kept
+        self.seen_sum += self.num_columns if is_reference else kept + sizes.num_dropped
         return self.step
 
     def select(self, rows: Tensor) -> None:
@@ -341,16 +454,17 @@ class TokenHistory:
         """All of it, for `restore` under the same policy, in tensors and numbers. Not under a `ReferencePolicy`."""
         if self.stored is None or self.stored.lockstep is not None:
             raise ValueError("Only a cache that holds tokens, and without reference_compat, has a state to save.")
-        tokens = {field.name: getattr(self.stored, field.name) for field in fields(StoredTokens) if field.name != "lockstep"}
         return HistoryState(
-            tokens=tokens, num_columns=self.num_columns, kept_sum=self.kept_sum, seen_sum=self.seen_sum, has_compressed=self.has_compressed
+            tokens=self.stored.state(),
+            num_columns=self.num_columns,
+            kept_sum=self.kept_sum,
+            seen_sum=self.seen_sum,
+            has_compressed=self.has_compressed,
         )
 
     def restore(self, state: HistoryState, device: torch.device | str) -> None:
         """As it was when `state` was called, with the tokens on a device."""
-        on_cpu = ("counts", "texts", "growth")
-        tokens = {name: tensor.to("cpu" if name in on_cpu else device) for name, tensor in state["tokens"].items()}
-        self.stored = StoredTokens(lockstep=None, **tokens)
+        self.stored = StoredTokens.restored(state["tokens"], device)
         self.num_columns, self.step = state["num_columns"], None
         self.kept_sum, self.seen_sum, self.has_compressed = state["kept_sum"], state["seen_sum"], state["has_compressed"]
 
@@ -376,16 +490,26 @@ class Step:
 
     def ranges(self, *, sliding_width: int | None = None) -> KeyRanges:
         """What the new tokens read: all that their row holds up to themselves, ``sliding_width`` aside. Waits for no device."""
-        stored, device = self.reads, self.reads.ids.device
-        end = torch.arange(stored.width - self.num_new + 1, stored.width + 1, dtype=torch.int32, device=device).expand(len(stored.ids), -1)
-        first = torch.minimum(stored.first_columns().int(), end)
-        start = first
+        stored, width = self.reads, self.reads.width
+        end = torch.arange(width - self.num_new + 1, width + 1, dtype=torch.int32, device=stored.first.device)
+        end = end.expand(stored.num_rows, -1).contiguous()
+        first = start = torch.minimum(stored.first, end)
         if sliding_width is not None:
-            places = stored.places[:, stored.width - self.num_new :]
-            start = torch.searchsorted(stored.places.contiguous(), (places - sliding_width).clamp(min=0), out_int32=True)
-        reach = Reach.without_far_keys(num_keys=stored.width, first=first, end=end.contiguous())
-        is_causal = sliding_width is None and not stored.has_empty_columns
-        return reach.ranges(torch.minimum(start, end), longest_band=stored.width, is_causal=is_causal)
+            places = stored.places[:, width - self.num_new :]
+            earliest = torch.searchsorted(stored.places.contiguous(), (places - sliding_width).clamp(min=0), out_int32=True)
+            start = torch.minimum(torch.maximum(earliest, first), end)
+        no_far_keys = torch.zeros_like(end)
+        return KeyRanges(
+            index=no_far_keys[:, :0],
+            far_lo=no_far_keys,
+            far_hi=no_far_keys,
+            band_lo=start,
+            band_hi=end,
+            num_keys=width,
+            longest_band=width,
+            is_causal=sliding_width is None and not stored.has_empty_columns,
+            extremes=(first, end),
+        )
 
 
 def _is_any(ids: Tensor, wanted: frozenset[int]) -> Tensor:

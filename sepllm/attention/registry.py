@@ -21,6 +21,7 @@ from sepllm.pattern import Softmax, Standard
 
 _CORES = (SDPA, NATIVE, FUSED_TRITON, FLEX, CHUNKED, DENSE)
 """All cores; `sepllm.attention.measured` says which of them ``auto`` prefers where."""
+_BY_NAME = {core.name: core for core in _CORES}
 
 
 def attend(
@@ -84,19 +85,18 @@ def choose_core(spec: AttentionSpec, core: str = "auto") -> str:
 
 def core_names() -> tuple[str, ...]:
     """The cores that exist."""
-    return tuple(core.name for core in _CORES)
+    return tuple(_BY_NAME)
 
 
 def _choose(spec: AttentionSpec, name: str) -> Core:
-    cores = {core.name: core for core in _CORES}
-    if name != "auto" and name not in cores:
-        raise ValueError(f"core {name!r} is not known: use auto or one of {', '.join(cores)}.")
+    if name != "auto" and name not in _BY_NAME:
+        raise ValueError(f"core {name!r} is not known: use auto or one of {', '.join(_BY_NAME)}.")
     reasons = {}
     for wanted in preferred(spec) if name == "auto" else (name,):
-        if wanted in cores:
-            reason = cores[wanted].unsupported(spec)
+        if wanted in _BY_NAME:
+            reason = _BY_NAME[wanted].unsupported(spec)
             if reason is None:
-                return cores[wanted]
+                return _BY_NAME[wanted]
             reasons[wanted] = reason
     raise ValueError("No attention core can compute this: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) + ".")
 

@@ -33,7 +33,7 @@ NUM_CHECKED_TOKENS = 8
 LAYER_TYPES = ("full_attention", "sliding_attention")
 """Layers, as configurations name them, that read keys in a way we compute."""
 
-CHANGES_SCORES = ("softcap", "s_aux", "sinks", "position_bias")
+CHANGES_SCORES = frozenset({"softcap", "s_aux", "sinks", "position_bias"})
 """What models hand to an attention function that would change its result."""
 
 
@@ -238,14 +238,12 @@ class Attachment:
         """A pass over a SepCache, which is told of the tokens."""
         self._check_cache(cache)
         is_first = cache.get_seq_length() == 0
-        positions = given.get("position_ids")
-        assert positions is None or isinstance(positions, Tensor)
         layout = TokenLayout.from_ids(ids, self.prefill_pattern, attention_mask=mask) if is_first else None
         if layout is not None and layout.has_padding:
             mask = layout.is_text
-        shifted = cache.begin_pass(ids, attention_mask=mask, position_ids=positions)
-        if shifted is not None:
-            given["position_ids"] = shifted
+        slots = cache.begin_pass(ids, attention_mask=mask)
+        if slots is not None:
+            given["position_ids"] = slots
         turns = cache.pass_turns(0) is not None
         return _Pass(widths=self._sliding_widths, layout=layout, cache=cache, rotary=self._rotary if turns else None)
 
@@ -270,7 +268,7 @@ class Attachment:
         assert isinstance(layer, int)
         if now is None:
             raise ValueError("Attention was computed outside of a forward pass of the attached model; gradient checkpointing does that, turn it off.")
-        wrong = [name for name in CHANGES_SCORES if kwargs.get(name) is not None]
+        wrong = sorted(name for name in CHANGES_SCORES & kwargs.keys() if kwargs[name] is not None)
         if wrong or attention_mask is not None or not getattr(module, "is_causal", True):
             raise ValueError(f"{type(module).__name__} uses {', '.join(wrong) or 'a mask of its own'}, which is not computed here.")
         self._layers_seen.add(layer)

@@ -60,11 +60,16 @@ class KeyBuffer:
             capacity = end + min(max(limit - end, 64), max(end, 64))
             grown = new.new_empty(new.shape[0], new.shape[1], capacity, new.shape[3])
             if self.storage is not None:
-                grown[:, :, : self.width] = self.storage[:, :, : self.width]
+                grown.narrow(2, 0, self.width).copy_(self.held())
             self.storage = grown
-        self.storage[:, :, self.width : end] = new
+        self.storage.narrow(2, self.width, new.shape[2]).copy_(new)
         self.width = end
-        return self.storage[:, :, :end]
+        return self.held()
+
+    def held(self) -> Tensor:
+        """All keys."""
+        assert self.storage is not None
+        return self.storage.narrow(2, 0, self.width)
 
     def keep(self, source: Tensor, *, limit: int, in_place: bool) -> Tensor:
         """The keys of the columns ``source [B, S']`` only. Not ``in_place``: what `append` returned stays as it is."""
@@ -73,17 +78,15 @@ class KeyBuffer:
             kept = self.storage.index_select(2, source[0])
         else:
             kept = self.storage.take_along_dim(source[:, None, :, None], 2)
+        self.width = 0
         if not in_place or self.storage.shape[2] > 2 * max(limit, kept.shape[2]):
-            self.storage, self.width = None, 0
-            return self.append(kept, limit=limit)
-        self.width = kept.shape[2]
-        self.storage[:, :, : self.width] = kept
-        return self.storage[:, :, : self.width]
+            self.storage = None
+        return self.append(kept, limit=limit)
 
     def state(self) -> tuple[Tensor, int]:
         """A copy of the keys, and how many there is room for."""
         assert self.storage is not None
-        return self.storage[:, :, : self.width].clone(), self.storage.shape[2]
+        return self.held().clone(), self.storage.shape[2]
 
     def restore(self, held: Tensor, capacity: int) -> Tensor:
         """The keys ``held``, in a tensor with as much room as before, since where keys lie may decide how a kernel rounds."""
@@ -148,7 +151,7 @@ class SepLayer(CacheLayerMixin):
         self._keys.select(rows)
         self._values.select(rows)
         if self._keys.storage is not None and self._values.storage is not None:
-            self.keys, self.values = self._keys.storage[:, :, : self._keys.width], self._values.storage[:, :, : self._values.width]
+            self.keys, self.values = self._keys.held(), self._values.held()
 
     def state(self) -> LayerState:
         (keys, for_keys), (values, for_values) = self._keys.state(), self._values.state()
@@ -290,12 +293,12 @@ class SepCache(Cache):
     @property
     def key_cache(self) -> list[Tensor]:
         """Stored keys of each layer that has any, as they were given: not shifted, in their own layout."""
-        return [layer.keys.transpose(2, self._k_seq_dim) for layer in self.layers if layer.keys is not None]
+        return [_swapped(layer.keys, self._k_seq_dim) for layer in self.layers if layer.keys is not None]
 
     @property
     def value_cache(self) -> list[Tensor]:
         """Stored values of each layer that has any."""
-        return [layer.values.transpose(2, self._v_seq_dim) for layer in self.layers if layer.values is not None]
+        return [_swapped(layer.values, self._v_seq_dim) for layer in self.layers if layer.values is not None]
 
     @property
     def past_tok_ids(self) -> list[Tensor]:
@@ -344,7 +347,7 @@ class SepCache(Cache):
         ids = input_ids if input_ids is not None else options.get("input_ids")
         if layer_idx is None:
             raise ValueError("update needs layer_idx, the number of the layer whose keys these are.")
-        keys, values = key_states.transpose(2, self._k_seq_dim), value_states.transpose(2, self._v_seq_dim)
+        keys, values = _swapped(key_states, self._k_seq_dim), _swapped(value_states, self._v_seq_dim)
         layer = self.layers[layer_idx]
         if not self._is_handed:
             mask = options.get("attention_mask")
@@ -352,28 +355,25 @@ class SepCache(Cache):
         self._check_turn(layer, layer_idx, keys)
         keys, values = layer.update(keys, values)
         self._report()
-        keys, values = keys.transpose(2, self._k_seq_dim), values.transpose(2, self._v_seq_dim)
+        keys, values = _swapped(keys, self._k_seq_dim), _swapped(values, self._v_seq_dim)
         if self.shifts_positions and not self._is_handed:
             return self._shifted(keys, values, query_states, position_ids, layer_idx, options)
         return (keys, values) if query_states is None else (keys, values, query_states)
 
-    def begin_pass(self, input_ids: Tensor, *, attention_mask: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor | None:
+    def begin_pass(self, input_ids: Tensor, *, attention_mask: Tensor | None = None) -> Tensor | None:
         """Hands over the tokens of a forward pass, before any layer calls `update`; `end_pass` follows it.
 
         ``attention_mask [B, P + T]`` as models take it. Returns the positions ``[B, T]`` that the model must use, which are slots where
-        positions are shifted; None where it may use its own, ``position_ids``.
+        positions are shifted; None where it may use its own.
         """
         first = self.histories[0]
         is_text = self._text_columns(input_ids, attention_mask, pads_by_id=False)
-        if self.shifts_positions:
-            position_ids = _next_slots(first.stored, input_ids, is_text)
-        elif position_ids is None:
-            position_ids = torch.arange(first.num_columns, first.num_columns + input_ids.shape[1], device=input_ids.device)[None]
+        slots = _next_slots(first.stored, input_ids, is_text) if self.shifts_positions else None
         compresses = self._when(input_ids.shape[1], is_first=first.stored is None, prefilling=None)
         for history in self.histories:
-            history.advance(input_ids, is_text=is_text, positions=position_ids, compresses=compresses)
+            history.advance(input_ids, is_text=is_text, positions=slots, compresses=compresses)
         self._is_handed = True
-        return position_ids if self.shifts_positions else None
+        return slots
 
     def check_fits(self, num_layers: int, *, has_sliding_window: bool) -> None:
         """ValueError where this cache cannot serve a model of so many layers."""
@@ -460,7 +460,7 @@ class SepCache(Cache):
 
     def _num_rows(self) -> int:
         stored = self.histories[0].stored
-        return 0 if stored is None else len(stored.ids)
+        return 0 if stored is None else stored.num_rows
 
     def _advance(self, layer: SepLayer, keys: Tensor, ids: Tensor | None, mask: Tensor | None, prefilling: bool | None) -> None:
         """Tells the layer's history of the new tokens, unless another layer did so already."""
@@ -495,9 +495,9 @@ class SepCache(Cache):
     def _text_columns(self, ids: Tensor, mask: Tensor | None, *, pads_by_id: bool, stored: StoredTokens | None = None) -> Tensor | None:
         """``[B, T]`` bool, or None if all new tokens are text. Looks at tensors only while a row may still begin with padding."""
         stored = stored or self.histories[0].stored
-        had_text = torch.zeros(len(ids), dtype=torch.bool) if stored is None else stored.texts > 0
-        if (ids.shape[1] == 1 and bool(had_text.all())) or (mask is None and not pads_by_id):
+        if (ids.shape[1] == 1 and stored is not None and stored.has_text_in_every_row) or (mask is None and not pads_by_id):
             return None
+        had_text = torch.zeros(len(ids), dtype=torch.bool) if stored is None else stored.counts > 0
         has_text = had_text.to(ids.device)[:, None]
         if mask is None:
             is_text = (ids != self.padding_id).cummax(1).values | has_text
@@ -523,7 +523,7 @@ class SepCache(Cache):
         assert size is None or isinstance(size, int)
         if not self.shifts_inside:
             return self._shifted_outside(keys, values, queries, size, options)
-        dims = keys.transpose(2, self._k_seq_dim).shape[3] if size is None else size
+        dims = _swapped(keys, self._k_seq_dim).shape[3] if size is None else size
         if dims != self.pe_dim:
             raise ValueError(
                 f"pe_dim is {self.pe_dim} but {dims} dimensions are to be rotated: set pe_dim to the head size, or partial_rotation_size."
@@ -531,9 +531,9 @@ class SepCache(Cache):
         slots = self._slots(step, position_ids, layer_idx)
 
         def turned(x: Tensor, positions: Tensor) -> Tensor:
-            x_BSKH = x.transpose(2, self._k_seq_dim).transpose(1, 2)
+            x_BSKH = _swapped(x, self._k_seq_dim).transpose(1, 2)
             cos, sin = rotary_table(positions, rotary_dims=dims, base=self.rope_base, dtype=x.dtype)
-            return apply_rotary(x_BSKH, cos, sin).transpose(1, 2).transpose(2, self._k_seq_dim)
+            return _swapped(apply_rotary(x_BSKH, cos, sin).transpose(1, 2), self._k_seq_dim)
 
         return turned(keys, slots), values, turned(queries, slots[:, slots.shape[1] - step.num_new :])
 
@@ -543,7 +543,7 @@ class SepCache(Cache):
             return step.reads.slots()
         width, known = step.reads.width, self._positions.get(layer_idx)
         if known is None:
-            known = position_ids.expand(len(step.reads.ids), -1)
+            known = position_ids.expand(step.reads.num_rows, -1)
         if known.shape[1] < width:
             more = torch.arange(1, width - known.shape[1] + 1, device=known.device)
             known = torch.cat([known, known[:, -1:] + more], 1)
@@ -598,10 +598,10 @@ class SepCache(Cache):
             )
         for number, (layer, *given) in enumerate(zip(self.layers, ids, keys, values, strict=True)):
             if layer.history.stored is None:
-                self._advance(layer, given[1].transpose(2, self._k_seq_dim), given[0], None, True)
+                self._advance(layer, _swapped(given[1], self._k_seq_dim), given[0], None, True)
                 _place_at_end(layer.history, seen)
             layer.num_columns = layer.history.num_columns - given[0].shape[1]
-            layer.update(given[1].transpose(2, self._k_seq_dim), given[2].transpose(2, self._v_seq_dim))
+            layer.update(_swapped(given[1], self._k_seq_dim), _swapped(given[2], self._v_seq_dim))
             if ratios is not None:
                 layer.history.kept_sum, layer.history.seen_sum = ratios[number]
 
@@ -611,8 +611,8 @@ def _place_at_end(history: TokenHistory, seen: int) -> None:
     stored, initial = history.stored, history.policy.budget.initial
     assert stored is not None
     dropped = max(0, seen - stored.width)
-    places = torch.where(stored.places >= initial, stored.places + dropped, stored.places)
-    history.stored = replace(stored, places=places, texts=stored.texts + dropped)
+    columns = torch.stack([stored.ids, stored.places + dropped * (stored.places >= initial), stored.positions])
+    history.stored = replace(stored, columns=columns, sizes=replace(stored.sizes, dropped=stored.sizes.dropped + dropped))
     history.num_columns += dropped
 
 
@@ -659,9 +659,14 @@ def _checked(mask: Tensor, ids: Tensor, has_text: Tensor) -> Tensor:
 
 def _next_slots(stored: StoredTokens | None, ids: Tensor, is_text: Tensor | None) -> Tensor:
     """The slots that new tokens have before anything is compressed. ``[B, T]`` int64"""
-    held = torch.zeros_like(ids[:, :1]) if stored is None else stored.width - stored.first_columns()
+    held = torch.zeros_like(ids[:, :1]) if stored is None else (stored.width - stored.first).long()
     number = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape) if is_text is None else (is_text.cumsum(1) - 1).clamp(min=0)
     return held + number
+
+
+def _swapped(x: Tensor, axis: int) -> Tensor:
+    """With its tokens on axis 2 instead of another, or back."""
+    return x if axis == 2 else x.transpose(2, axis)
 
 
 def _tensor_or_none(value: object) -> Tensor | None:

@@ -26,7 +26,7 @@ from sepllm.attention.spec import PositionBias
 from sepllm.hf.configuration_sepllm_gpt_neox import SepLLMGPTNeoXConfig, decode_pattern, prefill_pattern
 from sepllm.hf.layout_cache import TokenCache, layout_layer
 from sepllm.layout import KeyRanges, TokenLayout
-from sepllm.pattern import SelfAdjust
+from sepllm.pattern import SelfAdjust, Softmax
 from sepllm.positions import Positions, alibi_slopes, apply_rotary, rotary_table
 
 logger = logging.get_logger(__name__)
@@ -239,25 +239,25 @@ class SepLLMGPTNeoXModel(SepLLMGPTNeoXPreTrainedModel):
         """A forward pass over a SepCache, which is told of the tokens. A text that begins is read under the prefill pattern."""
         assert isinstance(cache, Cache)
         cache.check_fits(len(self.layers), has_sliding_window=self.config.sliding_window_width is not None)
-        self._check_sep_cache(input_ids)
+        texts = StoredTexts(cache, self.config)
+        self._check_sep_cache(input_ids, texts.pattern.softmax)
         assert input_ids is not None
         layout = TokenLayout.from_ids(input_ids, prefill_pattern(self.config), attention_mask=attention_mask) if not cache.get_seq_length() else None
         mask = layout.is_text if layout is not None and layout.has_padding else attention_mask
         try:
-            slots = cache.begin_pass(input_ids, attention_mask=mask, position_ids=position_ids)
-            given = cache.pass_places() if position_ids is None else position_ids.expand(input_ids.shape)
-            texts = StoredTexts(cache, self.config)
+            positions = cache.begin_pass(input_ids, attention_mask=mask)
+            if positions is None:
+                positions = cache.pass_places() if position_ids is None else position_ids.expand(input_ids.shape)
             hidden_BTD = self.embed_in(input_ids)
-            rotary = self._rotary(given if slots is None else slots, hidden_BTD.dtype)
+            rotary = self._rotary(positions, hidden_BTD.dtype)
             hidden_BTD = self._through_layers(hidden_BTD, texts if layout is None else layout, rotary, None, cache)
         finally:
             cache.end_pass()
         self._report_ratios(layout, cache)
         return BaseModelOutputWithPast(last_hidden_state=hidden_BTD, past_key_values=cache)
 
-    def _check_sep_cache(self, input_ids: Tensor | None) -> None:
+    def _check_sep_cache(self, input_ids: Tensor | None, softmax: Softmax) -> None:
         """ValueError, by name, for what a SepCache does not remember enough for."""
-        softmax = prefill_pattern(self.config).softmax
         wrong = [
             reason
             for is_so, reason in (

@@ -34,6 +34,8 @@ CHUNK = 512
 VOCABULARY, SEPARATORS = 1024, range(9)
 SEPARATOR_SHARE = 0.14
 """Of English text in Pythia's tokenizer."""
+WARM_UP = 4
+"""Tokens that are generated before those that are timed."""
 MIB = 2**20
 
 
@@ -99,6 +101,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument(
         "--lengths", type=int, nargs="+", default=lengths, metavar="S", help="tokens before those that are timed (default: %(default)s)"
     )
+    flags.add_argument(
+        "--equal-lengths",
+        type=int,
+        nargs="*",
+        default=[512, 2048],
+        metavar="S",
+        help="tokens, likewise, of texts from which the SepCache drops nothing (default: %(default)s)",
+    )
     flags.add_argument("--layers", type=int, default=4, help="of the model (default: %(default)s)")
     flags.add_argument("--hidden", type=int, default=256, help="size of the model, in heads of 64 (default: %(default)s)")
     flags.add_argument(
@@ -117,21 +127,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
-    device, lengths = torch.device(arguments.device), sorted(arguments.lengths)
+    device = torch.device(arguments.device)
     machine = describe(device)
-    text = random_text(lengths[-1]).to(device)
     first, second = make_model(arguments, device), make_model(arguments, device)
-    rows: list[Row] = []
     with attach(second):
-        arms = Arm(first, DynamicCache()), Arm(second, make_cache(arguments))
-        read = 0
-        for length in lengths:
-            for arm in arms:
-                arm.read(text[:, read:length])
-            read = length
-            rows.append(measured(arms, length, arguments))
-            print(asdict(rows[-1]), flush=True)
-    result = as_result(rows, arguments, machine.as_dict(), title=f"Decoding with a SepCache and a DynamicCache: {machine.title()}")
+        rows = measured_at(arguments.lengths, (Arm(first, DynamicCache()), Arm(second, make_cache(arguments))), arguments)
+        large = make_cache(arguments, total=_longest(arguments))
+        equal_rows = measured_at(arguments.equal_lengths, (Arm(first, DynamicCache()), Arm(second, large)), arguments)
+    result = as_result(rows, equal_rows, arguments, machine.as_dict(), title=f"Decoding with a SepCache and a DynamicCache: {machine.title()}")
     print("", *(table.text() for table in result.tables), sep="\n")
     for path in report.save(result, arguments, "decoding"):
         print(f"wrote {path}")
@@ -148,18 +151,19 @@ def make_model(arguments: argparse.Namespace, device: torch.device) -> GPTNeoXFo
         num_hidden_layers=arguments.layers,
         num_attention_heads=arguments.hidden // 64,
         intermediate_size=4 * arguments.hidden,
-        max_position_embeddings=2 * max(arguments.lengths),
+        max_position_embeddings=_longest(arguments),
     )
     return GPTNeoXForCausalLM(config).to(device).eval()
 
 
-def make_cache(arguments: argparse.Namespace) -> SepCache:
-    initial, separators, local, total = arguments.cache
+def make_cache(arguments: argparse.Namespace, *, total: int | None = None) -> SepCache:
+    """With ``total`` instead of the ``c`` that was asked for."""
+    initial, separators, local, asked_for = arguments.cache
     return SepCache(
         init_cache_size=initial,
         sep_cache_size=separators,
         local_size=local,
-        cache_size=total,
+        cache_size=total or asked_for,
         USE_MAX_SEP_CACHE=True,
         compress_prefill=True,
         layer_num=arguments.layers,
@@ -176,10 +180,23 @@ def random_text(length: int) -> Tensor:
     return torch.where(torch.rand(1, length, generator=generator) < SEPARATOR_SHARE, separators, words)
 
 
+def measured_at(lengths: Sequence[int], arms: tuple[Arm, Arm], arguments: argparse.Namespace) -> list[Row]:
+    """A row for each length of one text, shortest first."""
+    rows: list[Row] = []
+    text, read = random_text(max(lengths, default=0)).to(arguments.device), 0
+    for length in sorted(lengths):
+        for arm in arms:
+            arm.read(text[:, read:length])
+        read = length
+        rows.append(measured(arms, length, arguments))
+        print(asdict(rows[-1]), flush=True)
+    return rows
+
+
 def measured(arms: tuple[Arm, Arm], length: int, arguments: argparse.Namespace) -> Row:
     """What a token costs after ``length`` tokens. The tokens that are generated join the text."""
     for arm in arms:
-        arm.generate(4)  # allocates
+        arm.generate(WARM_UP)
     seconds: list[tuple[float, float]] = []
     held: tuple[list[int], list[int]] = ([], [])
     allocated = 0
@@ -205,7 +222,9 @@ def measured(arms: tuple[Arm, Arm], length: int, arguments: argparse.Namespace) 
     )
 
 
-def as_result(rows: Sequence[Row], arguments: argparse.Namespace, machine: dict[str, object], *, title: str) -> report.Result:
+def as_result(
+    rows: Sequence[Row], equal_rows: Sequence[Row], arguments: argparse.Namespace, machine: dict[str, object], *, title: str
+) -> report.Result:
     table = report.Table(
         title="A generated token after so many: tokens per second, and MiB of keys and values. The ratio is the median over turns (10 and 90 %).",
         columns=("tokens", "", "DynamicCache /s", "SepCache /s", "times faster", "DynamicCache MiB", "SepCache MiB", "allocated MiB"),
@@ -223,6 +242,14 @@ def as_result(rows: Sequence[Row], arguments: argparse.Namespace, machine: dict[
             for row in rows
         ],
     )
+    equal = report.Table(
+        title="The same while nothing is dropped, so that both hold equally many tokens: ms of a generated token.",
+        columns=("tokens", "", "DynamicCache ms", "SepCache ms", "times faster"),
+        rows=[
+            (str(row.seq_length), "", f"{row.dynamic_ms:.2f}", f"{row.sep_ms:.2f}", f"{row.ratio:.2f} ({row.ratio_low:.2f} to {row.ratio_high:.2f})")
+            for row in equal_rows
+        ],
+    )
     panels = [
         report.Panel(title="time of a token", unit="ms", curves=_curves(rows, "dynamic_ms", "sep_ms")),
         report.Panel(title="keys and values", unit="bytes", curves=_curves(rows, "dynamic_bytes", "sep_bytes")),
@@ -234,12 +261,18 @@ def as_result(rows: Sequence[Row], arguments: argparse.Namespace, machine: dict[
             "model": f"GPT-NeoX, {arguments.layers} layers of {arguments.hidden}",
             "sep_cache": arguments.cache,
         },
-        body={"rows": [asdict(row) for row in rows]},
-        tables=[table],
+        body={"rows": [asdict(row) for row in rows], "equal_rows": [asdict(row) for row in equal_rows]},
+        tables=[table, equal] if equal_rows else [table],
         notes=[],
         title=title,
         picture=partial(report.draw, panels, title),
     )
+
+
+def _longest(arguments: argparse.Namespace) -> int:
+    """More tokens than any text will have."""
+    lengths = [*arguments.lengths, *arguments.equal_lengths]
+    return max(lengths) + len(lengths) * (arguments.turns * arguments.tokens + WARM_UP) + sum(arguments.cache)
 
 
 def _curves(rows: Sequence[Row], dynamic: str, sep: str) -> list[report.Curve]:
