@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sepllm.cache import EMPTY, CacheBudget, CachePolicy, Policy, ReferencePolicy, StoredTokens, TokenHistory
 
@@ -180,6 +181,36 @@ def test_beams_carry_their_own_tokens() -> None:
     expected = [kept_by_definition(text, 4, budget, accumulates=True, is_bounded=True)[-1] for text in texts]
     assert history.stored is not None
     assert places_of(history.stored) == [expected[1], expected[1], expected[0]]
+
+
+class Operators(TorchDispatchMode):
+    """The names of torch's operators that were called meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_between_compressions_a_token_is_written_where_it_belongs_and_no_tensor_is_looked_at() -> None:
+    policy = CachePolicy(budget=CacheBudget(initial=1, separators=2, local=4, total=64), separator_ids=SEPARATORS)
+    history, text = TokenHistory(policy=policy), torch.tensor([random_text(40, seed) for seed in range(2)])
+    is_text = torch.arange(20) >= torch.tensor([[0], [5]])
+    history.advance(text[:, :20], is_text=is_text, positions=None, compresses="never")
+    history.advance(text[:, 20:21], is_text=None, positions=None, compresses="before reading")
+    assert history.stored is not None
+    columns = history.stored.columns
+    with Operators() as operators:
+        for place in range(21, 40):
+            history.advance(text[:, place : place + 1], is_text=None, positions=None, compresses="before reading")
+    assert operators.names <= {"slice", "select", "copy_"}
+    assert history.stored.columns is columns
+    assert torch.equal(history.stored.ids, text)
+    assert places_of(history.stored) == [list(range(40)), list(range(35))]
+    assert history.stored.positions.tolist() == history.stored.places.clamp(min=0).tolist()
 
 
 def test_source_says_where_every_stored_token_was() -> None:
