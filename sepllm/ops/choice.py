@@ -38,6 +38,15 @@ def load(device_type: str) -> None:
         extension.load_cuda()
 
 
+def refuse_second_derivative(name: str) -> None:
+    """ValueError where a backward pass is itself to be differentiated: its operator would be taken for a constant.
+
+    Not where a compiler traces the backward pass.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise ValueError(f"{name} has no second derivative: leave create_graph out.")
+
+
 def once_loaded(declare: Callable[[], None]) -> Callable[..., None]:
     """``register(device_type="cpu")``: loads the compiled operators of a device and, the first time, tells torch what ``declare`` says of some.
 

@@ -135,11 +135,6 @@ def check_labels(labels: Tensor, first_label: int, size: int) -> None:
         )
 
 
-def _refuse_second_derivative() -> None:
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise ValueError("cross_entropy has no second derivative: leave create_graph out.")
-
-
 class _WrittenOut(torch.autograd.Function):
     @staticmethod
     def forward(logits: Tensor, labels: Tensor, maximum: Tensor, total: Tensor, target: Tensor, first_label: int) -> Tensor:
@@ -152,7 +147,7 @@ class _WrittenOut(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_losses: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        _refuse_second_derivative()
+        choice.refuse_second_derivative("cross_entropy")
         logits, labels, maximum, total = ctx.saved_tensors
         gradient = reference_gradient(logits, labels, maximum, total, grad_losses, first_label=ctx.first_label)
         return gradient, None, None, None, None, None
@@ -185,7 +180,7 @@ def _may_be_overwritten(logits: Tensor) -> bool:
 
 
 def _backward(ctx, grad_losses: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-    _refuse_second_derivative()
+    choice.refuse_second_derivative("cross_entropy")
     logits, labels, maximum, total = ctx.saved_tensors
     if ctx.is_ours:
         gradient = write_gradient_(logits.detach(), labels, maximum, total, grad_losses, first_label=ctx.first_label)

@@ -61,8 +61,8 @@ class _GeluLinear(torch.autograd.Function):
         return functional.linear(bias_gelu(x, None, approximate=approximate), weight, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        choice.refuse_second_derivative("gelu_linear")
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         rows = grad_out.flatten(0, -2)
@@ -106,6 +106,7 @@ def _save(ctx, inputs: tuple, output: Tensor) -> None:  # type: ignore[no-untype
 
 
 def _backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    choice.refuse_second_derivative("bias_gelu")
     x, bias = ctx.saved_tensors
     dx, dbias = torch.ops.sepllm.bias_gelu_backward(grad_out, x, bias, ctx.is_tanh)
     return dx, None if bias is None else dbias, None

@@ -89,6 +89,7 @@ def _save(ctx, inputs: tuple[Tensor, Sequence[Tensor], Sequence[Tensor], float],
 
 
 def _backward(ctx, grads: Sequence[Tensor | None], *_: object) -> tuple[object, ...]:  # type: ignore[no-untyped-def]
+    choice.refuse_second_derivative("layer_norm")
     x, *parameters, mean, rstd = ctx.saved_tensors
     weights, biases = parameters[: ctx.norms], parameters[ctx.norms :]
     given = [torch.zeros_like(x) if grad is None else grad for grad in grads]

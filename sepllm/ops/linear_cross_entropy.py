@@ -59,8 +59,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        choice.refuse_second_derivative("linear_cross_entropy")
         return (*(gradient if gradient is None else gradient.mul_(grad_loss) for gradient in ctx.saved_tensors), None, None, None)
 
 

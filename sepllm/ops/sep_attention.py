@@ -105,4 +105,5 @@ def _backward(ctx, grad_out: Tensor | None, *_: object) -> tuple[Tensor | None, 
     nothing = (None,) * (NUM_TENSORS - 3 + len(ctx.numbers))
     if grad_out is None:
         return (None, None, None, *nothing)
+    choice.refuse_second_derivative("sep_attention")
     return (*torch.ops.sepllm.sep_attention_backward(grad_out, *ctx.saved_tensors, *ctx.numbers), *nothing)

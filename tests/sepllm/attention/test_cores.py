@@ -334,6 +334,25 @@ def test_long_texts_agree_with_the_dense_core(core: str, length: int) -> None:
         torch.testing.assert_close(ours, dense, rtol=1e-9, atol=1e-10, msg=lambda text, what=what: f"{what}: {text}")
 
 
+def test_second_derivative_is_right_or_refused(core: str) -> None:
+    """An operator whose gradient is taken for a constant would give wrong ones in silence."""
+    ids = torch.tensor([[9, 1, 9, 9]])
+    ranges = TokenLayout.from_ids(ids, AttentionPattern(initial_tokens=1, separator_ids=SEPARATORS, windows=(2,))).ranges(0)
+    inputs = random_inputs(1, 4, 4, heads=(2, 1))
+    if refusal(core, spec_of(inputs.q, ranges, needs_grad=True)) is not None:
+        return  # the refusal itself is checked by other calls
+    leaves = inputs.leaves()
+
+    def read(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, ranges, scale=0.35, core=core)
+
+    if core == "dense":
+        assert torch.autograd.gradgradcheck(read, (leaves.q, leaves.k, leaves.v), fast_mode=True)
+    else:
+        with pytest.raises((ValueError, RuntimeError), match=r"no second derivative|no autograd formula"):
+            torch.autograd.gradgradcheck(read, (leaves.q, leaves.k, leaves.v), fast_mode=True)
+
+
 SELF_ADJUSTS = (SelfAdjust(kind="raw"), SelfAdjust(kind="normalised", numerator_bias=1e-3, denominator_bias=1e-2))
 
 

@@ -120,6 +120,16 @@ def test_operators_keep_torchs_rules(has_bias: bool) -> None:
     torch.library.opcheck(torch.ops.sepllm.bias_gelu_backward.default, (grad_out, x.detach(), bias.detach() if has_bias else None, True))
 
 
+def test_second_derivative_is_refused() -> None:
+    x, bias, _ = inputs(3, 5)
+    for out in (
+        bias_gelu(x.requires_grad_(), bias, approximate="tanh", impl="native"),
+        gelu_linear(x, torch.ones(2, 5).double(), None, approximate="tanh"),
+    ):
+        with pytest.raises(ValueError, match=r"gelu.* has no second derivative: leave create_graph out"):
+            torch.autograd.grad(out.sum(), x, create_graph=True)
+
+
 @pytest.mark.parametrize("impl", ["native", "reference"])
 def test_compiles_into_one_graph(impl: str) -> None:
     torch.compiler.reset()

@@ -95,6 +95,12 @@ def test_gradient_is_that_of_finite_differences() -> None:
     assert torch.autograd.gradcheck(lambda *t: layer_norm(*t, epsilon=1e-5, impl="native"), inputs(3, 2, 5)[:3])
 
 
+def test_second_derivative_is_refused() -> None:
+    tensors = inputs(3, 5)
+    with pytest.raises(ValueError, match="layer_norm has no second derivative: leave create_graph out"):
+        torch.autograd.grad(two(*tensors)[0].sum(), tensors[0], create_graph=True)
+
+
 @pytest.mark.parametrize("norms", [1, 2])
 def test_operators_keep_torchs_rules(norms: int) -> None:
     register()

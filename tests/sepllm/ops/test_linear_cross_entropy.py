@@ -63,6 +63,12 @@ def test_a_second_backward_pass_raises() -> None:
         loss.backward()
 
 
+def test_second_derivative_is_refused() -> None:
+    hidden, *others = inputs(4)
+    with pytest.raises(ValueError, match="linear_cross_entropy has no second derivative: leave create_graph out"):
+        torch.autograd.grad(linear_cross_entropy(hidden, *others), hidden, create_graph=True)
+
+
 def test_float32_is_as_close_as_the_plain_way() -> None:
     given = inputs(300, dtype=torch.float32)
     exact = plain(*(tensor.double() if tensor.is_floating_point() else tensor for tensor in given)).item()

@@ -110,6 +110,17 @@ def test_gradient_is_that_of_finite_differences() -> None:
     assert torch.autograd.gradcheck(lambda scores: masked_softmax(scores, is_read, scale=SCALE, impl="native"), scores.requires_grad_())
 
 
+def test_gradient_of_the_gradient_is_that_of_finite_differences() -> None:
+    scores, is_read, grad = inputs(5, queries=3)
+    leaves = (scores.requires_grad_(), grad.requires_grad_())
+    poisoned = torch.where(is_read, 0.0, torch.nan)  # what gradients hold where nothing is read does not matter there either
+    assert torch.autograd.gradgradcheck(lambda scores: masked_softmax(scores, is_read, scale=SCALE, impl="native"), *[(leaf,) for leaf in leaves])
+    weights = masked_softmax(scores, is_read, scale=SCALE, impl="native")
+    (gradient,) = torch.autograd.grad(weights, scores, grad.detach() + poisoned, create_graph=True)
+    assert torch.equal(gradient, torch.autograd.grad(weights, scores, grad, create_graph=True)[0])
+    assert torch.autograd.grad(gradient.square().sum(), scores)[0].isfinite().all()
+
+
 def test_operators_keep_torchs_rules() -> None:
     register()
     scores, is_read, grad = inputs(5)
