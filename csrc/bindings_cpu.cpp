@@ -25,16 +25,6 @@ using sepllm::stored_as;
 using sepllm::with_adjacent_heads;
 using OptionalTensor = std::optional<Tensor>;
 
-sepllm::Storage storage_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kFloat: return sepllm::Storage::kFloat;
-    case at::kDouble: return sepllm::Storage::kDouble;
-    case at::kBFloat16: return sepllm::Storage::kBFloat16;
-    case at::kHalf: return sepllm::Storage::kHalf;
-    default: TORCH_CHECK_VALUE(false, "sep_attention computes float32, float64, bfloat16 and float16, but q is ", x.scalar_type(), ".");
-  }
-}
-
 sepllm::Strides strides_of(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2)}; }
 
 // The tensors as the kernels read them; keeps what had to be copied alive.
@@ -145,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sep_attention(const Tensor& q, const 
                                                          double denominator_bias) {
   const Inputs inputs =
       checked(q, k, v, index, far_lo, far_hi, band_lo, band_hi, slopes, query_positions, key_positions, extremes_lo, extremes_hi);
-  const sepllm::Storage storage = storage_of(q);
+  const sepllm::Storage storage = stored_as(q, "q");
   sepllm::ForwardArgs args{};
   inputs.fill(args, scale, softmax, numerator_bias, denominator_bias);
   const auto wide = q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
@@ -171,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor> sep_attention_backward(const Tensor& grad_out
                                                           double numerator_bias, double denominator_bias) {
   const Inputs inputs =
       checked(q, k, v, index, far_lo, far_hi, band_lo, band_hi, slopes, query_positions, key_positions, extremes_lo, extremes_hi);
-  const sepllm::Storage storage = storage_of(q);
+  const sepllm::Storage storage = stored_as(q, "q");
   TORCH_CHECK_VALUE(grad_out.sizes() == q.sizes() && grad_out.scalar_type() == q.scalar_type(), "grad_out must be like q.");
   const Tensor grad = with_adjacent_heads(grad_out), saved = out.contiguous(), sums = lse.contiguous();
   const Tensor scores = extremes.contiguous(), attaining = extreme_keys.contiguous();
