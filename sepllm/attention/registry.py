@@ -36,12 +36,13 @@ def attend(
     bias: PositionBias | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention of each query over the keys that its ranges name. ``[B, T, N, H]``, dtype of q.
+    """Attention of each query over the keys that its ranges name. ``[B, T, N, H]``, dtype of q; under `torch.autocast` in its dtype.
 
     ``q [B, T, N, H]``; ``k``, ``v`` ``[B, S, K, H]`` with N a multiple of K (grouped heads). ``scale`` multiplies the scores.
     ``core`` forces one of `core_names`; ``auto`` takes the best that supports the call. A query that reads nothing gives zeros.
     """
     _check(q, k, v, ranges)
+    q, k, v = (_as_autocast(x) for x in (q, k, v))
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     chosen = _choose(spec_of(q, ranges, softmax=softmax, bias=bias, dropout=dropout, needs_grad=needs_grad), core)
     if chosen.name not in ranges.derived:
@@ -99,6 +100,14 @@ def _choose(spec: AttentionSpec, name: str) -> Core:
                 return _BY_NAME[wanted]
             reasons[wanted] = reason
     raise ValueError("No attention core can compute this: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) + ".")
+
+
+def _as_autocast(x: Tensor) -> Tensor:
+    """In the dtype of `torch.autocast` where that is on, as for torch's own attention: rotation left q and k in float32, v is not."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges) -> None:

@@ -71,6 +71,17 @@ def test_a_call_that_no_core_supports_names_every_core_that_was_asked() -> None:
     assert all(f"{name}: " in str(caught.value) for name in ("native", "sdpa", "chunked", "dense"))
 
 
+@pytest.mark.parametrize("core", ["native", "chunked", "dense"])
+def test_autocast_takes_rotated_keys_and_values_to_one_dtype(core: str) -> None:
+    q, k, v = Q.clone().requires_grad_(), Q.flip(1).requires_grad_(), Q.sin().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attend(q, k, v.bfloat16(), SPARSE, scale=0.3, core=core)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, attend(*(x.bfloat16() for x in (q, k, v)), SPARSE, scale=0.3, core=core))
+    out.float().sum().backward()
+    assert all(x.grad is not None and x.grad.dtype == torch.float32 for x in (q, k, v))
+
+
 @pytest.mark.parametrize(
     ("q", "k", "message"),
     [

@@ -222,6 +222,17 @@ def test_reference_padding_starts_initial_tokens_at_column_zero(tiny_model: Make
     assert (wrong - right).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_trains_under_autocast(use_cache: bool, tiny_model: Make, random_text: Text) -> None:
+    model, ids = tiny_model().train(), torch.tensor([random_text(30)])
+    wanted = model(ids, labels=ids, use_cache=use_cache).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(ids, labels=ids, use_cache=use_cache).loss
+    loss.backward()
+    torch.testing.assert_close(loss, wanted, rtol=0.02, atol=0)
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
 def test_gradient_checkpointing_changes_no_gradient(tiny_model: Make, random_text: Text) -> None:
     ids = torch.tensor([random_text(20)])
     plain, checkpointed = tiny_model().train(), tiny_model().train()
