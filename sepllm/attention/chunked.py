@@ -120,7 +120,7 @@ _ARGUMENTS = (
 )
 
 
-@torch.library.custom_op(f"{NAMESPACE}::forward", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor")
+@torch.library.custom_op(f"{NAMESPACE}::chunked", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor")
 def _forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for chunk in _chunks(k, v, _Call.of(*arguments)):
@@ -128,7 +128,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
     return out
 
 
-@torch.library.custom_op(f"{NAMESPACE}::backward", mutates_args=(), schema=f"(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
+@torch.library.custom_op(f"{NAMESPACE}::chunked_backward", mutates_args=(), schema=f"(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
 def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = _Call.of(*arguments)
     grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -451,14 +451,15 @@ def test_activation_checkpointing_computes_the_blocks_again(make_config: MakeCon
     assert calls == 2
 
 
-def test_selective_checkpointing_computes_no_product_and_no_attention_again(make_config: MakeConfig) -> None:
+@pytest.mark.parametrize(("core", "attention"), [("auto", "sepllm.sep_attention.default"), ("chunked", "sepllm_attention_chunked.chunked.default")])
+def test_selective_checkpointing_computes_no_product_and_no_attention_again(core: str, attention: str, make_config: MakeConfig) -> None:
     counts = {}
     for name, recompute in (("plain", None), ("selective", Recompute(num_layers=1, is_selective=True))):
-        model, counter = random_model(make_config(), recompute=recompute), CountOperators()
+        model, counter = random_model(make_config(), core=core, recompute=recompute), CountOperators()
         with counter:
             model.loss(random_batch(model.config)).backward()
         counts[name] = counter.counts
-    kept = ("aten.addmm.default", "aten.mm.default", "sepllm.sep_attention.default", "sepllm.rotate_packed.default")
+    kept = ("aten.addmm.default", "aten.mm.default", attention, "sepllm.rotate_packed.default")
     assert all(counts["selective"][operator] == counts["plain"][operator] > 0 for operator in kept)
     layers, gelu = model.config.num_layers, "sepllm.bias_gelu.default"
     assert (counts["plain"][gelu], counts["selective"][gelu]) == (2 * layers, 3 * layers)
