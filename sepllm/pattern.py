@@ -95,6 +95,11 @@ class AttentionPattern:
         """Whether any text can hold a key that every later query may read."""
         return self.initial_tokens > 0 or bool(self.separator_ids) or self.intervals is not None
 
+    @property
+    def looks_at_ids(self) -> bool:
+        """Whether it depends on token ids what is read: on those of separators, or of padding."""
+        return bool(self.separator_ids) or self.padding_id is not None
+
     def is_full(self, sequence_length: int, *, layer: int | None = None) -> bool:
         """Whether the layer (or every layer) is plain causal attention at this sequence length."""
         if self.sliding_width is not None and self.sliding_width < sequence_length - 1:

@@ -217,8 +217,11 @@ class Attachment:
             return ids
         if not isinstance(embedded, Tensor):
             raise ValueError("Give input_ids.")
-        if isinstance(cache, SepCache) or self.prefill_pattern.separator_ids or self.decode_pattern.separator_ids:
-            raise ValueError("inputs_embeds do not say which tokens are separators: give input_ids, or attach a pattern without separators.")
+        if isinstance(cache, SepCache) or self.prefill_pattern.looks_at_ids or self.decode_pattern.looks_at_ids:
+            raise ValueError(
+                "inputs_embeds do not say which tokens are separators or padding: give input_ids, or attach a pattern without separator_ids and "
+                "padding_id."
+            )
         return torch.zeros(embedded.shape[:2], dtype=torch.long, device=embedded.device)
 
     def _from_layout(self, cache: object, ids: Tensor, mask: Tensor | None) -> _Pass:

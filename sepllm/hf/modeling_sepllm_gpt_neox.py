@@ -296,8 +296,7 @@ class SepLLMGPTNeoXModel(SepLLMGPTNeoXPreTrainedModel):
         if input_ids is not None:
             return input_ids
         assert inputs_embeds is not None
-        pattern = prefill_pattern(self.config)
-        if pattern.separator_ids or pattern.padding_id is not None or self.config.USE_BiPE:
+        if prefill_pattern(self.config).looks_at_ids or self.config.USE_BiPE:
             raise ValueError(
                 "inputs_embeds do not say which tokens are separators or padding: give input_ids, or use streamingLLM or full attention."
             )

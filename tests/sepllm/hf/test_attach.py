@@ -373,6 +373,19 @@ def test_a_leading_run_of_the_patterns_padding_id_is_padding_without_a_mask() ->
             torch.testing.assert_close(model(token, past_key_values=without).logits, expected, **CLOSE)
 
 
+@pytest.mark.parametrize("changes", [{"separator_ids": SEPARATORS}, {"padding_id": 0}], ids=str)
+def test_embeddings_do_not_say_what_a_pattern_looks_for(changes: dict[str, object]) -> None:
+    model, ids = make_model("llama"), torch.tensor([random_text(12)])
+    embeddings = model.get_input_embeddings()(ids)
+    with attach(model, AttentionPattern(initial_tokens=2, windows=(4,))), torch.no_grad():
+        torch.testing.assert_close(model(inputs_embeds=embeddings).logits, model(ids).logits)
+    with (
+        attach(model, AttentionPattern(initial_tokens=2, windows=(4,), **changes)),
+        pytest.raises(ValueError, match="inputs_embeds do not say which"),
+    ):
+        model(inputs_embeds=embeddings)
+
+
 def test_a_conversation_goes_on_in_the_same_cache() -> None:
     text, model = random_text(30), make_model("llama")
     with attach(model):
