@@ -69,15 +69,21 @@ class SepLLMModel(HFLM):
         self.token_by_token = token_by_token
         self.ratios = TextRatios()
         self.attachment: Attachment | None = None
-        self.patterns = _trained_patterns(self.config)
+        reads_otherwise = sepllm_config is not None or (decode == "sepcache" and not reads_as_trained(self.model))
+        wanted = self._wanted_patterns() if reads_otherwise else None
+        self.patterns = wanted or _trained_patterns(self.config)
         """What is read; None where the model says so in ways that are not known here."""
         self._rows: Iterator[tuple[int, Tensor]] = iter(())
         """Of the latest `_model_call`, with their numbers."""
         self._stored: StoredKeys | None = None
         """What its SepCache stored, if it read token by token."""
-        if sepllm_config is not None or (decode == "sepcache" and not reads_as_trained(self.model)):
-            self.patterns = self._wanted_patterns()
-            self.attachment = attach(self.model, self.patterns.prefill, decode_pattern=self.patterns.decode, core=core)
+        if self.patterns is not None and self.patterns.prefill.reference_padding and self.batch_size != 1:
+            raise ValueError(
+                f"reference_padding is set in {sepllm_config or 'the configuration of the model'}: scores would depend on the padding of a batch. "
+                "Leave it out, or set batch_size to 1."
+            )
+        if wanted is not None:
+            self.attachment = attach(self.model, wanted.prefill, decode_pattern=wanted.decode, core=core)
         if decode == "sepcache":
             self._new_cache()  # says now what is wrong with its sizes
         elif self.attachment is None and arguments.get("attn_implementation") == "flash_attention_2":
@@ -112,11 +118,6 @@ class SepLLMModel(HFLM):
             raise ValueError(
                 f"decode is sepcache, but {self.sepllm_config} has no separators for it to keep: leave sepllm_config out, and they are found in "
                 "the tokenizer, or set sep_cache_size=0."
-            )
-        if patterns.prefill.reference_padding and self.batch_size != 1:
-            raise ValueError(
-                f"reference_padding is set in {self.sepllm_config}: scores would depend on the padding of a batch. Leave it out, or set batch_size "
-                "to 1."
             )
         return patterns
 

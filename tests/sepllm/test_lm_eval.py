@@ -319,6 +319,14 @@ def test_what_is_wrong_with_model_args_is_said(make_lm: MakeLM, config_file: Cal
         make_lm(**of_model, **({"sepllm_config": config_file(**of_file)} if of_file else {}))
 
 
+def test_a_model_that_pads_as_the_reference_is_read_row_by_row(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = make_model("sepllm_gpt_neox")
+    model.config.reference_padding = True
+    SepLLMModel(model, tokenizer=tokenizer, batch_size=1)
+    with pytest.raises(ValueError, match="reference_padding is set in the configuration of the model: scores would depend on the padding of a batch"):
+        SepLLMModel(model, tokenizer=tokenizer, batch_size=4)
+
+
 def test_mistakes_are_a_sentence_and_status_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["lm_eval", "run", "--config", "nowhere.yml"])
     assert command_line.main() == 2
