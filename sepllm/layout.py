@@ -371,7 +371,6 @@ class TokenLayout:
         columns, start = _columns(0, self.ids.shape[1], self.ids.device), self.document_start
         ended = is_end.cumsum(1) - is_end.long()  # segments that ended before this column, in this row
         segment_start = torch.where(_one_before(is_end, torch.zeros_like(is_end[:, :1])), columns, start).cummax(1).values
-        segment_start = torch.maximum(segment_start, start)
         return BilevelPositions(
             inter=torch.where(self.is_text, ended - ended.gather(1, start.long()), 0),
             intra=torch.where(self.is_text, columns - segment_start, 0).long(),

@@ -73,8 +73,6 @@ def read_sepllm_config(path: str | Path, *, num_layers: int | None = None) -> Pa
         raise ValueError(f"Layer_num is {given} in {path}, but the model has {num_layers} layers: change Layer_num.")
     if values.get("separator_token_ids") is None and not any(values.get(name) for name in WITHOUT_SEPARATORS):
         raise ValueError(f"{path} has no separator_token_ids, and no token separates in every tokenizer: add the ids of this model's.")
-    if values.get("generate_local_window_size", 1) is None:
-        del values["generate_local_window_size"]
     config = SepLLMGPTNeoXConfig(num_hidden_layers=given, **{name: value for name, value in values.items() if name in USED})
     return Patterns(prefill_pattern(config), decode_pattern(config))
 
