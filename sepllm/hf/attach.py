@@ -117,9 +117,11 @@ class Attachment:
         """
         if self._latest_cache is not None:
             return self._latest_cache.kv_ratio()
-        if self._latest_layout is None:
+        layout = self._latest_layout
+        if layout is None:
             raise ValueError("No forward pass has been made yet.")
-        return self._latest_layout.kv_ratio()
+        read = [_narrowed(layout, width).ranges(layer).read_keys()[:, -1] for layer, width in enumerate(self._sliding_widths)]
+        return int(torch.stack(read).sum()) / (layout.ids.numel() * len(read))
 
     def _put_in_place(self) -> None:
         self._undo: list[Callable[[], object]] = []

@@ -554,6 +554,17 @@ def test_what_changes_scores_is_refused() -> None:
         attach(model)
 
 
+@pytest.mark.parametrize("kind", list(SLIDING_LAYERS))
+def test_ratio_counts_what_the_models_own_window_leaves(kind: str) -> None:
+    model, text = make_model(kind), random_text(40)
+    reads = pattern_reads(text, PATTERN)[:, -1]
+    for layer in SLIDING_LAYERS[kind]:
+        reads[layer, :-SLIDING] = False
+    with attach(model, PATTERN) as attachment:
+        model(torch.tensor([text]))
+        assert attachment.kv_ratio() == pytest.approx(float(reads.float().mean()))
+
+
 def test_ratios_are_those_of_the_pattern_and_of_the_cache() -> None:
     model, text = make_model("llama"), random_text(40)
     with attach(model, PATTERN) as attachment:
