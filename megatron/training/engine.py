@@ -14,6 +14,7 @@ from megatron.optim.build import build_optimizer, parameter_groups
 from megatron.parallel.collectives import gather_stages
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.mpu import ModelParallelUnit
+from megatron.training.loss_scale import grow_after_steps
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -33,6 +34,7 @@ def build_engine(model: GPTModel | GPTPipeline, config: Config, mesh: Mesh) -> D
     deepspeed.utils.groups.mpu = mpu  # it keeps that of an earlier engine of this process
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config), mpu=mpu, dist_init_required=False)
     _forget_steps(optimizer)
+    grow_after_steps(engine)
     if mesh.world_size == 1 and not engine.zero_optimization():
         engine.enable_backward_allreduce = False  # it would copy all gradients into one piece and back, for nobody
     return engine

@@ -12,6 +12,7 @@ from megatron.model.names import weight_name
 from megatron.parallel.collectives import gather_stages, sum_along
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.parameters import is_piece
+from megatron.training.loss_scale import loss_scale
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -61,7 +62,7 @@ def _statistics_of(engine: DeepSpeedEngine, name: str, parameter: nn.Parameter, 
     if config.log_grad_norm or config.log_grad_pct_zeros:
         gradient = _gradient(engine, parameter)
         if gradient is not None and config.log_grad_norm:
-            metrics[f"gradient_norms/{name}"] = float(gradient.float().norm())
+            metrics[f"gradient_norms/{name}"] = float(gradient.norm())
         if gradient is not None and config.log_grad_pct_zeros:
             metrics[f"{ZEROS}/{name}"] = float((gradient == 0).float().mean()) * 100
     return metrics
@@ -87,13 +88,11 @@ def _whole(engine: DeepSpeedEngine, parameter: nn.Parameter) -> Tensor:
 
 
 def _gradient(engine: DeepSpeedEngine, parameter: nn.Parameter) -> Tensor | None:
-    """The whole gradient, wherever ZeRO keeps it; unscaled."""
-    if not engine.zero_optimization():
-        scale = float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
-        return None if parameter.grad is None else parameter.grad / scale
+    """The whole gradient in fp32, wherever ZeRO keeps it; without the loss scale."""
     from deepspeed.utils import safe_get_full_grad
 
-    return safe_get_full_grad(parameter)
+    gradient = safe_get_full_grad(parameter) if engine.zero_optimization() else parameter.grad
+    return None if gradient is None else gradient.float() / (loss_scale(engine) or 1.0)
 
 
 def _optimizer_state_norms(engine: DeepSpeedEngine) -> list[dict[str, float]]:

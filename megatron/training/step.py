@@ -15,6 +15,7 @@ from megatron.parallel.collectives import mean_over_context, mean_over_data_para
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.parameters import norm_over_shards
 from megatron.training import stages
+from megatron.training.loss_scale import loss_scale, scale_gradients
 from megatron.training.pieces import Piece, own_piece
 from megatron.training.ratios import Ratios
 
@@ -81,6 +82,7 @@ def trained_losses(engine: DeepSpeedEngine, batches: Iterator[Batch], mesh: Mesh
     losses: list[Tensor] = []
     for _ in range(engine.gradient_accumulation_steps()):
         loss = batch_loss(engine, own_piece(next(batches), mesh))
+        scale_gradients(loss, engine)
         engine.backward(loss)
         losses.append(loss.detach())
         if engine.is_gradient_accumulation_boundary():
@@ -109,11 +111,6 @@ def batch_loss(engine: DeepSpeedEngine, batch: Batch | Piece) -> Tensor:
     """Mean loss of the micro-batch's unmasked tokens, a scalar. Of a piece: what has this mean over all pieces of the micro-batch."""
     loss: Tensor = engine(batch.ids, batch.layout, labels=batch.labels, loss_mask=batch.loss_mask)
     return loss * batch.weight.to(loss.dtype) if isinstance(batch, Piece) else loss
-
-
-def loss_scale(engine: DeepSpeedEngine) -> float | None:
-    """What the loss is multiplied with before the backward pass. fp16 only."""
-    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
 
 
 def own_gradient_norm(engine: DeepSpeedEngine, mesh: Mesh) -> float | None:
