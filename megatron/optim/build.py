@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from megatron.config.schema import OptimizerConfig
+from megatron.optim.adagrad import Adagrad
 from megatron.optim.groups import ParameterGroup, parameter_groups
 from megatron.optim.lion import Lion
 
@@ -45,7 +46,7 @@ def _sgd(groups: Sequence[ParameterGroup], config: OptimizerConfig, device: torc
 
 
 def _adagrad(groups: Sequence[ParameterGroup], config: OptimizerConfig, device: torch.device, lr: float) -> torch.optim.Optimizer:
-    return torch.optim.Adagrad([dict(group) for group in groups], lr=lr, eps=config.eps)
+    return Adagrad(groups, lr=lr, eps=config.eps)
 
 
 def _lion(groups: Sequence[ParameterGroup], config: OptimizerConfig, device: torch.device, lr: float) -> torch.optim.Optimizer:

@@ -33,7 +33,7 @@ def build_engine(model: GPTModel | GPTPipeline, config: Config, mesh: Mesh) -> D
     mpu = ModelParallelUnit(mesh) if mesh.tensor.size > 1 and mesh.pipe.size == 1 else None  # a pipeline brings its own
     deepspeed.utils.groups.mpu = mpu  # it keeps that of an earlier engine of this process
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config), mpu=mpu, dist_init_required=False)
-    _forget_steps(optimizer)
+    _forget_dry_step(optimizer)
     grow_after_steps(engine)
     if mesh.world_size == 1 and not engine.zero_optimization():
         engine.enable_backward_allreduce = False  # it would copy all gradients into one piece and back, for nobody
@@ -51,9 +51,10 @@ def _check_groups(counts: list[int], config: Config) -> None:
         )
 
 
-def _forget_steps(optimizer: torch.optim.Optimizer) -> None:
+def _forget_dry_step(optimizer: torch.optim.Optimizer) -> None:
     """Without ZeRO, DeepSpeed's fp16 and bf16 wrappers take a step over gradients of zero to allocate the optimizer's state. Adam would
-    count it, and correct its first averages as if they were of two steps."""
+    count it, and correct its first averages as if they were of two steps; and weight decay that joins the gradient would stay in them."""
     for state in optimizer.state.values():
-        if "step" in state:
-            state["step"] = torch.zeros_like(state["step"]) if isinstance(state["step"], Tensor) else 0
+        for value in state.values():
+            if isinstance(value, Tensor):
+                value.zero_()

@@ -95,9 +95,9 @@ class SavedOptimizer:
         states = saved.get("optimizer_state_dict", saved)["state"]
         self._note_scale(saved)
         for number, name in enumerate(names):
-            state = states[number]
-            shape = next(value.shape for value in [*masters[number : number + 1], *state.values()] if torch.is_tensor(value) and value.ndim)
-            pieces = shard.setdefault(name, _Pieces(shape))
+            state = states.get(number, {})
+            tensors = [value for value in [*masters[number : number + 1], *state.values()] if torch.is_tensor(value) and value.ndim]
+            pieces = shard.setdefault(name, _Pieces(tensors[0].shape if tensors else torch.Size()))
             for key, value in self._tensors(state):
                 pieces.slices[key] = [value]
             if masters:
@@ -124,7 +124,7 @@ class SavedOptimizer:
             of_keys: dict[str, list[Tensor]] = defaultdict(list)
             for group, flat in enumerate(part["fp32_flat_groups"]):
                 of_keys[MASTER].append(flat)
-                for key, value in self._tensors(states[group]):
+                for key, value in self._tensors(states.get(group, {})):
                     of_keys[key].append(value)
             for key, flats in of_keys.items():
                 start, together = 0, torch.cat(flats) if len(flats) > 1 else flats[0]

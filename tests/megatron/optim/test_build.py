@@ -51,8 +51,12 @@ def test_sgd_follows_the_gradient() -> None:
     assert torch.allclose(stepped(OptimizerConfig(type="sgd")), torch.tensor([1.0, -2.0]) - 0.1 * torch.tensor([0.5, -0.25]))
 
 
-def test_adagrad_divides_by_the_sum_of_squares() -> None:
-    assert torch.allclose(stepped(OptimizerConfig(type="adagrad")), torch.tensor([1.0, -2.0]) - 0.1 * torch.tensor([1.0, -1.0]))
+def test_adagrad_is_torchs() -> None:
+    weight = one_weight([1.0, -2.0], [0.5, -0.25])
+    theirs = torch.optim.Adagrad([weight], lr=0.1, eps=1e-3, weight_decay=0.5)
+    for _ in range(3):
+        theirs.step()
+    assert torch.allclose(stepped(OptimizerConfig(type="adagrad", eps=1e-3), decay=0.5, steps=3), weight.detach(), rtol=1e-6)
 
 
 def test_the_rate_of_a_scaled_group_is_scaled() -> None:

@@ -106,6 +106,22 @@ def test_another_zero_stage_goes_on(make_config: MakeConfig, tmp_path: Path, bef
     assert_second_half(second, whole, rel=TOLERANCE[precision])
 
 
+@pytest.mark.parametrize(
+    "optimizer",
+    [{"type": "sgd"}, {"type": "sgd", "momentum": 0.9}, {"type": "adagrad"}, {"type": "lion"}, {"type": "adam", "params": {"amsgrad": True}}],
+    ids=str,
+)
+@pytest.mark.parametrize(("before", "after"), [(0, 1), (3, 0)])
+def test_every_optimizers_state_goes_on(make_config: MakeConfig, tmp_path: Path, optimizer: dict[str, object], before: int, after: int) -> None:
+    """SGD without momentum has none."""
+    whole = make_config(zero_stage=before, optimizer=optimizer)
+    train(whole)
+    checkpoint = {"save": str(tmp_path / "second"), "load": whole.checkpoint.save, "iteration": 3}
+    second = make_config(zero_stage=after, optimizer=optimizer, checkpoint=checkpoint)
+    train(second)
+    assert_second_half(second, whole, rel=TOLERANCE["fp32"])
+
+
 def test_optimizer_state_without_names_is_a_sentence(make_config: MakeConfig, tmp_path: Path) -> None:
     """As an older version saved it."""
     whole = make_config()
