@@ -71,9 +71,7 @@ def save_checkpoint(
     saved_schedule = SavedSchedule.of(schedule, applied_steps=progress.applied_steps)
     states = gather_objects(random_state(mesh.device), mesh)
     if mesh.is_first:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / SAVING).touch()
-        (folder / MANIFEST).unlink(missing_ok=True)
+        _begin(folder)
     barrier(mesh)
     client_state = {
         "iteration": progress.iteration,
@@ -97,6 +95,7 @@ def save_checkpoint(
             world_size=mesh.world_size,
             data_parallel_size=mesh.gradients.size,
             pipe_parallel_size=config.parallel.pipe_parallel_size,
+            pipe_partition_method=config.parallel.pipe_partition_method,
             zero_stage=config.parallel.zero_stage,
             precision=config.precision.precision,
             wandb_run_id=wandb_run_id,
@@ -104,9 +103,18 @@ def save_checkpoint(
         write_atomically(folder / MANIFEST, manifest.model_dump_json(indent=1))
         (folder / SAVING).unlink()
         write_atomically(root / "latest", folder.name)
-        _prune(root, config.checkpoint)
+        _prune(root, config.checkpoint, newest=progress.iteration)
     barrier(mesh)
     return folder
+
+
+def _begin(folder: Path) -> None:
+    """Marks the folder as being filled. What an earlier run left in it goes: spread otherwise, it has files that this run would not write over."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SAVING).touch()
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for left in folder.glob("*.pt"):
+        left.unlink()
 
 
 def load_weights(model: GPTModel | GPTPipeline, found: Found, mesh: Mesh, *, row_biases: RowBiases = "summed") -> None:
@@ -133,10 +141,14 @@ def weights_of(found: Found, model: ModelConfig, *, row_biases: RowBiases = "sum
 
 
 def load_training_state(engine: DeepSpeedEngine, found: Found) -> None:
-    """Weights, optimizer state and DeepSpeed's counters of a checkpoint that this program wrote, into the engine."""
+    """Weights, optimizer state and DeepSpeed's counters of a checkpoint that this program wrote, into the engine, whose parameter groups keep
+    the settings of this run: weight decay, betas."""
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in engine.optimizer.param_groups]
     loaded, _ = engine.load_checkpoint(str(found.folder.parent), tag=found.folder.name, load_lr_scheduler_states=False)
     if loaded is None:
         raise ValueError(f"DeepSpeed found nothing to load in {found.folder}: its mp_rank_*_model_states.pt files are missing.")
+    for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
+        group.update(own)
 
 
 def rearrange_training_state(engine: DeepSpeedEngine, found: Found, model: ModelConfig, mesh: Mesh) -> None:
@@ -191,6 +203,8 @@ def _write_configs(folder: Path, config: Config) -> None:
         (folder / "configs" / name).write_text(text, encoding="utf-8")
 
 
-def _prune(root: Path, config: CheckpointConfig) -> None:
-    for iteration in iterations_to_delete(finished_iterations(root), config):
+def _prune(root: Path, config: CheckpointConfig, *, newest: int) -> None:
+    """Later ones than the ``newest`` are of a run that this one left behind when it went back: they count for nothing, and stay."""
+    saved = [iteration for iteration in finished_iterations(root) if iteration <= newest]
+    for iteration in iterations_to_delete(saved, config):
         shutil.rmtree(root / f"global_step{iteration}")

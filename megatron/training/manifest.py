@@ -85,6 +85,8 @@ class Manifest(BaseModel):
     world_size: int
     data_parallel_size: int
     pipe_parallel_size: int
+    pipe_partition_method: str | None = None
+    """None in checkpoints that do not say."""
     zero_stage: int
     precision: str
     wandb_run_id: str | None = None

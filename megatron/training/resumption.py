@@ -48,7 +48,7 @@ def resumption(found: Found | None, config: Config, *, data_parallel_size: int) 
         schedule=schedule,
         takes_optimizer=takes_optimizer,
         is_rearranged=takes_optimizer and _is_spread_otherwise(manifest, config, data_parallel_size=data_parallel_size),
-        takes_random_state=not checkpoint.no_load_rng,
+        takes_random_state=not checkpoint.no_load_rng and _model_sizes(manifest) == _own_model_sizes(config),
         wandb_run_id=manifest.wandb_run_id,
     )
 
@@ -68,9 +68,22 @@ def _is_spread_otherwise(manifest: Manifest, config: Config, *, data_parallel_si
     """Whether DeepSpeed's own loading does not fit: another kind of optimizer, or one that is cut otherwise."""
     stages = manifest.zero_stage, config.parallel.zero_stage
     is_cut_by_data = max(stages) > 0 and manifest.data_parallel_size != data_parallel_size
-    sizes = manifest.shape.model_parallel_size, manifest.shape.padded_vocab_size, max(1, manifest.pipe_parallel_size)
-    own_sizes = config.parallel.model_parallel_size, config.model.padded_vocab_size, max(1, config.parallel.pipe_parallel_size)
-    return ZERO_KINDS[stages[0]] != ZERO_KINDS[stages[1]] or is_cut_by_data or sizes != own_sizes
+    method, own_method = manifest.pipe_partition_method, config.parallel.pipe_partition_method
+    is_cut_by_model = (
+        _model_sizes(manifest) != _own_model_sizes(config)
+        or manifest.shape.padded_vocab_size != config.model.padded_vocab_size
+        or (manifest.pipe_parallel_size > 1 and method is not None and method != own_method)
+    )
+    return ZERO_KINDS[stages[0]] != ZERO_KINDS[stages[1]] or is_cut_by_data or is_cut_by_model
+
+
+def _model_sizes(manifest: Manifest) -> tuple[int, int]:
+    """Shards and stages of the run that saved. With others, a generator's state would come to a process that must not draw like that one."""
+    return manifest.shape.model_parallel_size, max(1, manifest.pipe_parallel_size)
+
+
+def _own_model_sizes(config: Config) -> tuple[int, int]:
+    return config.parallel.model_parallel_size, max(1, config.parallel.pipe_parallel_size)
 
 
 def _check_precision(manifest: Manifest, config: Config, found: Found) -> None:

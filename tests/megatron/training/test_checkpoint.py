@@ -12,7 +12,7 @@ from megatron.training.checkpoint import check_save_path
 from megatron.training.manifest import find_checkpoint, finished_iterations
 from megatron.training.resumption import resumption
 from megatron.training.trainer import train
-from tests.megatron.training.running import MakeConfig, tiny_config
+from tests.megatron.training.running import MakeConfig, losses_of, tiny_config, weights_of
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +122,50 @@ def test_only_the_last_checkpoints_are_kept_and_the_extra_ones(make_config: Make
     assert finished_iterations(Path(str(config.checkpoint.save))) == [0, 2, 5, 6]
 
 
+def test_a_run_that_went_back_keeps_what_it_saves(make_config: MakeConfig) -> None:
+    """Later checkpoints are of the run that it left; they count for nothing."""
+    config = make_config(checkpoint={"checkpoint_factor": 1})
+    train(config)
+    save = str(config.checkpoint.save)
+    back = {"save": save, "load": save, "iteration": 2, "checkpoint_factor": 1, "keep_last_n_checkpoints": 1}
+    train(make_config(training={"train_iters": 6, "exit_interval": 4}, checkpoint=back))
+    assert (Path(save) / "latest").read_text() == "global_step4"
+    assert finished_iterations(Path(save)) == [4, 5, 6]
+
+
+def test_a_folder_that_is_filled_again_holds_nothing_of_another_layout(make_config: MakeConfig) -> None:
+    config = make_config(training={"train_iters": 1})
+    left = Path(str(config.checkpoint.save)) / "global_step1"
+    left.mkdir(parents=True)
+    torch.save({"word_embeddings.weight": torch.zeros(512, 32)}, left / "layer_00-model_00-model_states.pt")
+    (left / "hf").mkdir()
+    train(config)
+    assert "sequential.2.attention.dense.weight" in weights_of(config, 1)
+    assert (left / "hf").is_dir(), "what somebody else put there stays"
+
+
+@pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("fp32", 3), ("bfloat16", 0), ("bfloat16", 1)])
+def test_settings_of_the_optimizer_are_the_configurations(make_config: MakeConfig, tmp_path: Path, precision: str, stage: int) -> None:
+    """A changed weight decay takes effect with the first step of the resumed run."""
+    first = make_config(precision=precision, zero_stage=stage, training={"train_iters": 3})
+    train(first)
+    losses = []
+    for decay in (0.1, 20.0):
+        checkpoint = {"save": str(tmp_path / f"{decay}"), "load": first.checkpoint.save}
+        second = make_config(precision=precision, zero_stage=stage, optimizer={"weight_decay": decay}, checkpoint=checkpoint)
+        train(second)
+        losses.append(losses_of(second))
+    assert losses[0][0] == losses[1][0]
+    assert losses[0][1] != losses[1][1]
+
+
+@pytest.mark.parametrize(("changes", "takes"), [({}, True), ({"model_parallel_size": 2}, False), ({"pipe_parallel_size": 2}, False)])
+def test_random_states_are_those_of_as_many_shards_and_stages(saved: Path, make_config: MakeConfig, changes: dict[str, object], takes: bool) -> None:
+    """Two replicas draw differently, two shards must draw alike."""
+    config = make_config(parallel=changes, checkpoint={"load": str(saved)})
+    assert resumption(find_checkpoint(config.checkpoint), config, data_parallel_size=1).takes_random_state == takes
+
+
 def test_without_saved_random_states_the_generators_are_seeded_anew(
     make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -152,6 +196,7 @@ def test_a_forward_pass_proves_that_the_checkpoint_is_read_right(make_config: Ma
     train(first)
     again = {"load": first.checkpoint.save, "save": None, "checkpoint_validation_with_forward_pass": True}
     train(make_config(checkpoint=again, training={"train_iters": 1}))
+    train(make_config(model={"padded_vocab_size": 640}, checkpoint=again, training={"train_iters": 1}))
     logits = Path(str(first.checkpoint.save)) / "global_step1" / "validation_logits.pt"
     torch.save(torch.load(logits, weights_only=True) + 1, logits)
     with pytest.raises(ValueError, match=r"computes other logits than when it was saved"):

@@ -22,6 +22,7 @@ TWO: dict[str, dict[str, object]] = {
     "two shards": {"model_parallel_size": 2},
     "two shards, ZeRO 1, cut sequence": {"model_parallel_size": 2, "sequence_parallel": True, "zero_stage": 1},
     "two stages": {"pipe_parallel_size": 2, "pipe_partition_method": "uniform"},
+    "two stages cut otherwise": {"pipe_parallel_size": 2, "pipe_partition_method": "type:transformer|linear"},
     "two stages, ZeRO 1": {"pipe_parallel_size": 2, "pipe_partition_method": "parameters", "zero_stage": 1},
 }
 """Layouts of two processes."""
