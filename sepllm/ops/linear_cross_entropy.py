@@ -33,6 +33,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, token_w
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}: give a number of tokens, at least 1.")
     check_labels(labels, 0, weight.shape[0])
+    if not torch.is_grad_enabled():  # autograd says what requires a gradient, wanted or not
+        hidden, weight = hidden.detach(), weight.detach()
     return _LinearCrossEntropy.apply(hidden, weight, labels, token_weights, chunk)
 
 

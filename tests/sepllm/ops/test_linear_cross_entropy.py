@@ -37,6 +37,14 @@ def test_loss_and_gradients_are_those_of_the_plain_way(tokens: int, chunk: int, 
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
 
 
+def test_without_autograd_nothing_but_the_loss_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of parameters too, which say that they require a gradient."""
+    monkeypatch.setattr("sepllm.ops.linear_cross_entropy._gradient", lambda *_: pytest.fail("a gradient was computed"))
+    given = inputs(5)
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(*given), plain(*given))
+
+
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_only_wanted_gradients_are_made(frozen: int) -> None:
     given = inputs(9)
