@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from megatron.config.schema import Config, LoggingConfig
+from megatron.training.checkpoint import write_atomically
 
 if TYPE_CHECKING:
     import wandb
@@ -91,8 +92,8 @@ def _drop_lines_after(path: Path, iteration: int) -> None:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if _iteration_of(line) <= iteration]
     if len(kept) < len(lines):
-        os.replace(path, path.with_name(path.name + ".previous"))
-        path.write_text("".join(kept), encoding="utf-8")
+        shutil.copyfile(path, path.with_name(path.name + ".previous"))
+        write_atomically(path, "".join(kept))
 
 
 def _iteration_of(line: str) -> float:

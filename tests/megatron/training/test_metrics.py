@@ -4,6 +4,7 @@ import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 import wandb
@@ -86,6 +87,23 @@ def test_a_resumed_run_takes_the_place_of_what_came_after_its_checkpoint(tmp_pat
     sink.close()
     assert lines(path) == [{"iteration": 1}, {"iteration": 2}, {"iteration": 3, "train/lm_loss": 5.0}]
     assert (tmp_path / "metrics.jsonl.previous").read_text().count("\n") == 3
+
+
+def test_a_metrics_file_is_whole_when_a_run_is_killed_as_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iteration": 1}\n{"iteration": 2}\n')
+
+    opened = Path.open
+
+    def killed(self: Path, mode: str = "r", *given: Any, **named: Any) -> IO[Any]:
+        if mode == "w":
+            raise KeyboardInterrupt
+        return opened(self, mode, *given, **named)
+
+    monkeypatch.setattr(Path, "open", killed)
+    with pytest.raises(KeyboardInterrupt):
+        JsonLines(path, iteration=1)
+    assert lines(path) == [{"iteration": 1}, {"iteration": 2}]
 
 
 def test_tensorboard_forgets_what_came_after_the_checkpoint_too(tmp_path: Path) -> None:
