@@ -15,6 +15,12 @@ _SIGNAL_AT_PARENTS_DEATH = 1  # PR_SET_PDEATHSIG
 _ADOPT_ORPHANS = 36  # PR_SET_CHILD_SUBREAPER
 
 
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Those that ask a job to stop: INT, TERM, USR1, and HUP unless this process was told to ignore it, as nohup does."""
+    hang_up = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
+    return (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, *hang_up)
+
+
 def ends_with_parent(number: signal.Signals) -> Callable[[], None]:
     """For ``preexec_fn``: the child gets this signal when its parent, the calling process, dies, however it dies."""
     parent = os.getpid()

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import IO
 
 from megatron.launch.pdsh import Connection, Said, remote_command
+from megatron.launch.processes import stop_signals
 from megatron.launch.workers import Failure
 
 LOST = 255
@@ -43,8 +44,7 @@ class RemoteJob:
 
     def wait(self) -> int:
         """The exit status of the job, once no host has anything left of it; the first failure is the last on the screen."""
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-        previous = {number: signal.signal(number, self._request) for number in numbers}
+        previous = {number: signal.signal(number, self._request) for number in stop_signals()}
         try:
             while self._open:
                 self._step()

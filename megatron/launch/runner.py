@@ -22,9 +22,9 @@ from megatron.launch.node import Placement
 from megatron.launch.pdsh import allow_connections, exported, remote_command
 from megatron.launch.ports import DEFAULT_PORT, free_port
 from megatron.launch.preflight import ask_hosts
-from megatron.launch.processes import ends_with_parent, shell_status
+from megatron.launch.processes import ends_with_parent, shell_status, stop_signals
 from megatron.launch.remote import RemoteJob
-from megatron.launch.resources import Resources
+from megatron.launch.resources import Resources, is_elsewhere
 from megatron.launch.worker import encode_config
 
 LAUNCHERS = ("pdsh", "openmpi", "mpich", "impi", "mvapich", "slurm")
@@ -161,7 +161,7 @@ def _wait_for(words: tuple[str, ...], environ: Mapping[str, str]) -> int:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
+    previous = {number: signal.signal(number, forward) for number in stop_signals()}
     try:
         return shell_status(process.wait())
     finally:

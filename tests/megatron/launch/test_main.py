@@ -150,6 +150,19 @@ def test_no_rank_outlives_deepy(folder: Path, number: signal.Signals) -> None:
         process.kill()
 
 
+def test_under_nohup_a_job_goes_on_when_its_terminal_is_closed(folder: Path) -> None:
+    (folder / "waits.py").write_text(WAITING_SCRIPT)
+    command = ["nohup", sys.executable, str(REPOSITORY / "deepy.py"), "waits.py", *TINY]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        assert wait_until(lambda: (folder / "pid0").exists(), seconds=60)
+        (ignored,) = [line.split()[1] for line in Path(f"/proc/{process.pid}/status").read_text().splitlines() if line.startswith("SigIgn:")]
+        assert int(ignored, 16) >> (signal.SIGHUP - 1) & 1
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
 def test_no_rank_outlives_the_process_that_started_it(folder: Path) -> None:
     (folder / "waits.py").write_text(WAITING_SCRIPT)
     command = [sys.executable, str(REPOSITORY / "deepy.py"), "waits.py", *TINY]
