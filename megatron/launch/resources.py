@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import socket
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -77,6 +78,24 @@ def read_hostfile(path: Path) -> dict[str, int]:
     if not hosts:
         raise ValueError(f"{path} names no host: write lines of the form `host slots=N`.")
     return hosts
+
+
+def is_elsewhere(host: str) -> bool:
+    """Whether this is the name of another machine: none of its addresses is one of this machine's. A name without addresses may be this one's."""
+    try:
+        found = socket.getaddrinfo(host.rpartition("@")[2], None, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    return not any(_is_own(family, address) for family, _, _, _, address in found)
+
+
+def _is_own(family: int, address: tuple[object, ...]) -> bool:
+    with socket.socket(family) as listener:
+        try:
+            listener.bind(address)
+        except OSError:
+            return False
+        return True
 
 
 def _select(hosts: dict[str, Slots], launch: LaunchConfig) -> dict[str, Slots]:

@@ -58,12 +58,17 @@ class Job:
 
 
 def make_job(config: Config, resources: Resources, *, script: Path) -> Job:
-    """The job, with a name that no other has. ValueError for a launcher that reaches no other host.
+    """The job, with a name that no other has. ValueError for a launcher that reaches no other host, and for one host that is not this one.
 
     Ranks that mpirun or srun start learn from the configuration where they meet: at the first host, where it does not say.
     """
     job = Job(name=f"sepllm-{secrets.token_hex(8)}", config=config, resources=resources, script=script)
     launcher = config.launch.launcher
+    if job.is_local and resources.hostfile is not None and is_elsewhere(next(iter(resources.hosts))):
+        raise ValueError(
+            f"The only host is {next(iter(resources.hosts))}, which is another machine than this: set force_multi to true to start there over ssh, "
+            "or leave hostfile out to run here."
+        )
     if job.is_local or launcher == "pdsh":
         return job
     if launcher not in LAUNCHERS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import shlex
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -125,9 +126,27 @@ def test_deepspeeds_runner_reads_its_flags_and_ours_apart(tiny: TinyConfig, tmp_
 
 
 def test_force_multi_takes_pdsh_for_one_host(tiny: TinyConfig) -> None:
-    resources = Resources(hosts={"a": (0,)}, device="cpu", hostfile=Path("hostfile"))
+    resources = Resources(hosts={"localhost": (0,)}, device="cpu", hostfile=Path("hostfile"))
     assert runner.make_job(tiny(), resources, script=SCRIPT).is_local
     assert not runner.make_job(tiny(force_multi=True), resources, script=SCRIPT).is_local
+
+
+def test_a_single_host_that_is_another_machine_is_not_taken_for_this_one(tiny: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    addresses = {"here": "127.0.0.1", "there": "192.0.2.1"}  # the second is of the block for examples (RFC 5737), which no machine has
+
+    def find(host: str, *_: object, **__: object) -> list[tuple[object, ...]]:
+        if host not in addresses:
+            raise socket.gaierror
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (addresses[host], 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", find)
+    hosts = {name: Resources(hosts={name: (0,)}, device="cpu", hostfile=Path("hostfile")) for name in ("here", "there", "user@there", "nowhere")}
+    for name in ("here", "nowhere"):
+        assert runner.make_job(tiny(), hosts[name], script=SCRIPT).is_local
+    for name in ("there", "user@there"):
+        with pytest.raises(ValueError, match=f"The only host is {name}, which is another machine than this: set force_multi to true"):
+            runner.make_job(tiny(), hosts[name], script=SCRIPT)
+    runner.make_job(tiny(force_multi=True), hosts["there"], script=SCRIPT)
 
 
 def test_a_launcher_that_reaches_no_other_host_is_refused(tiny: TinyConfig, tmp_path: Path) -> None:
