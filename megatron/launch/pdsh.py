@@ -104,15 +104,23 @@ class Connection:
         aside = threading.Thread(target=self._read_errors, args=(stderr,), daemon=True)
         aside.start()
         for line in stdout:
-            text = line.decode(errors="replace")
-            if text.startswith(self._job):
-                event, _, content = text.removeprefix(self._job).partition(" ")
-                self._events.put(Said(host=self.host, event=event, content=json.loads(content)))
-            else:
-                self._show(f"{self.host}: {text}", sys.stdout.buffer)
+            self._hear(line.decode(errors="replace"))
         aside.join()
         self._process.wait()
         self._events.put(Said(host=self.host, event="closed", content={}))
+
+    def _hear(self, line: str) -> None:
+        """Files what is for deepy and shows what is not: ranks write to the same stream, and one of them may not have ended its line."""
+        shown, mark, told = line.partition(self._job)
+        event, _, content = told.partition(" ")
+        try:
+            said = Said(host=self.host, event=event, content=json.loads(content)) if mark else None
+        except ValueError:  # a rank has written into it
+            shown, said = line, None
+        if shown:
+            self._show(f"{self.host}: {shown}" + ("" if shown.endswith("\n") else "\n"), sys.stdout.buffer)
+        if said is not None:
+            self._events.put(said)
 
     def _read_errors(self, stderr: IO[bytes]) -> None:
         for line in stderr:

@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 
@@ -15,7 +16,7 @@ from megatron.config.schema import Config
 from megatron.launch import pdsh, ports, runner
 from megatron.launch.environment import REPOSITORY
 from megatron.launch.node import Placement
-from megatron.launch.pdsh import exported, pdsh_command, remote_command
+from megatron.launch.pdsh import Connection, Said, exported, pdsh_command, remote_command
 from megatron.launch.resources import Resources
 from megatron.launch.worker import encode_config, worker_config
 
@@ -102,6 +103,26 @@ def test_without_pdsh_its_package_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(pdsh.shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match=r"pdsh is not installed.*apt-get install pdsh"):
         pdsh_command("a", "x", "")
+
+
+def test_what_a_host_tells_is_heard_behind_a_line_that_a_rank_has_not_ended_and_past_one_that_is_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = """#!/bin/sh
+printf 'loss 3.5 job7 failed {"rank": 0}\\n'
+printf 'job7 failed {"rank": anot'
+printf 'her rank speaks\\nplain\\njob7 ended {"status": 1}\\n'
+"""
+    (tmp_path / "pdsh").write_text(script)
+    (tmp_path / "pdsh").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    events: SimpleQueue[Said] = SimpleQueue()
+    shown: list[str] = []
+    connection = Connection("a", "x", job="job7", events=events, show=lambda text, stream: shown.append(text))
+    heard = [events.get(timeout=20) for _ in range(3)]
+    connection.close()
+    assert [(said.event, said.content) for said in heard] == [("failed", {"rank": 0}), ("ended", {"status": 1}), ("closed", {})]
+    assert shown == ["a: loss 3.5 \n", 'a: job7 failed {"rank": another rank speaks\n', "a: plain\n"]
 
 
 def test_runner_flags_appear_where_they_differ_from_its_defaults(tiny: TinyConfig, tmp_path: Path) -> None:
