@@ -61,14 +61,14 @@ def _block(value: JsonValue) -> dict[str, JsonValue]:
     return value
 
 
-def whole(*, minimum: int | None = None) -> Kind:
+def whole(*, minimum: int | None = None, maximum: int | None = None) -> Kind:
     def read(value: JsonValue) -> int:
         number = _whole(value)
-        if minimum is not None and number < minimum:
+        if (minimum is not None and number < minimum) or (maximum is not None and number > maximum):
             raise ValueError
         return number
 
-    return Kind(words="a whole number" if minimum is None else f"a whole number of at least {minimum}", read=read)
+    return Kind(words=f"a whole number{_limits(minimum, maximum)}", read=read)
 
 
 def number(*, minimum: float | None = None, maximum: float | None = None) -> Kind:
@@ -78,9 +78,13 @@ def number(*, minimum: float | None = None, maximum: float | None = None) -> Kin
             raise ValueError
         return result
 
-    limits = [f"at least {minimum:g}"] if minimum is not None else []
-    limits += [f"at most {maximum:g}"] if maximum is not None else []
-    return Kind(words=f"a number of {' and '.join(limits)}" if limits else "a number", read=read)
+    return Kind(words=f"a number{_limits(minimum, maximum)}", read=read)
+
+
+def _limits(minimum: float | None, maximum: float | None) -> str:
+    limits = [f"at least {minimum}"] if minimum is not None else []
+    limits += [f"at most {maximum}"] if maximum is not None else []
+    return f" of {' and '.join(limits)}" if limits else ""
 
 
 def choice(*words: str) -> Kind:
@@ -112,6 +116,7 @@ FLAG = Kind(words="true or false", read=_flag)
 TEXT = Kind(words="text (in quotes if it looks like a number)", read=_text)
 WHOLE = whole()
 COUNT = whole(minimum=1)
+PORT = whole(minimum=1, maximum=65535)
 SIZE = whole(minimum=0)
 NUMBER = number()
 FRACTION = number(minimum=0, maximum=1)

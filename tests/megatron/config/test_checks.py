@@ -24,6 +24,7 @@ PATHS = {f"{split}_data_paths": ["a", "b"] for split in ("train", "valid", "test
         ({"model_parallel_size": 3}, "model_parallel_size (3) must divide num_attention_heads (4): use 1, 2 or 4, or change num_attention_heads."),
         ({"rotary_pct": 0.2}, "rotates 3 of 16 dimensions"),
         ({"rotary_pct": 2}, "a number of at least 0 and at most 1"),
+        ({"master_port": 70000}, "master_port is 70000: give a whole number of at least 1 and at most 65535"),
         ({"seq-length": 256}, "max_position_embeddings (128) is below seq_length (256): raise it to at least 256."),
         ({"num_unique_layers": 3}, "num_unique_layers (3) must divide num_layers (4): use 1, 2 or 4."),
         ({"gpt_j_tied": True}, "set gpt_j_residual to true"),
