@@ -490,6 +490,11 @@ _REFUSED: dict[str, Rule] = {
         accepted=(False, {}),
     ),
     **_refused("soft prompts are not offered: take the key out", "soft_prompt_tuning", accepted=(False, {}, {"enabled": False})),
+    **_refused(
+        "GPT-NeoX has it no more: write LLaMA's MLP as activation: swiglu, with intermediate_size three times its width",
+        "mlp_type",
+        accepted=("regular",),
+    ),
     **_refused("bitsandbytes is not offered: use optimizer.type Adam, with ZeRO to save memory", "use_bnb_optimizer"),
     **_refused(
         "Comet is not offered: use use_wandb, tensorboard_dir or metrics_file",
