@@ -65,9 +65,9 @@ def build_datasets(data: DataConfig, *, seq_length: int, samples: SampleCounts, 
     recipe = _Recipe(data=data, seq_length=seq_length, seed=seed, builder=builder or IndexBuilder())
     if data.data_path is not None:
         return recipe.split_file(data.data_path, samples)
-    train = recipe.blend("train", data.train_data_paths, data.train_label_data_paths, data.train_data_weights, samples.train)
-    if train is None:
+    if not data.train_data_paths:
         raise ValueError("Neither data_path nor train_data_paths is set: name the token files to train on.")
+    train = recipe.blend("train", data.train_data_paths, data.train_label_data_paths, data.train_data_weights, samples.train)
     valid = recipe.blend("valid", data.valid_data_paths, data.valid_label_data_paths, data.valid_data_weights, samples.valid)
     test = recipe.blend("test", data.test_data_paths, data.test_label_data_paths, data.test_data_weights, samples.test)
     return Datasets(train=train, valid=valid, test=test)
