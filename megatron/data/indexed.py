@@ -15,6 +15,7 @@ import os
 import struct
 from array import array
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -187,7 +188,8 @@ class IndexedDatasetWriter:
 
     def discard(self) -> None:
         """Leave nothing behind."""
-        self._bin.close()
+        with suppress(OSError):  # what is still to be written may find the disk full
+            self._bin.close()
         for part in self._parts:
             part.unlink(missing_ok=True)
 
@@ -201,9 +203,10 @@ class IndexedDatasetWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is None:
-            self.close()
-        else:
+        try:
+            if kind is None:
+                self.close()
+        finally:
             self.discard()
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import io
 import pickle
 import struct
 from pathlib import Path
@@ -200,6 +202,26 @@ def test_documents_of_several_sequences_keep_their_borders(tmp_path: Path) -> No
 def test_a_token_that_does_not_fit_is_refused_and_nothing_is_left(token: int, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"Token {token} does not fit uint16"), IndexedDatasetWriter(tmp_path / "x", "u2") as writer:
         writer.add([1, token])
+    assert list(tmp_path.iterdir()) == []
+
+
+class FullDisk(io.RawIOBase):
+    """Takes nothing, as a disk that is full."""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("fails_inside", [True, False])
+def test_a_full_disk_leaves_nothing(fails_inside: bool, tmp_path: Path) -> None:
+    writer = IndexedDatasetWriter(tmp_path / "x", "u2")
+    writer._bin.close()
+    writer._bin = io.BufferedWriter(FullDisk())
+    with pytest.raises(OSError, match="No space left"), writer:
+        writer.add_document([0] * (10_000 if fails_inside else 1))
     assert list(tmp_path.iterdir()) == []
 
 
