@@ -211,7 +211,7 @@ class TiktokenTokenizer:
         library = _module("tiktoken")
         if name not in library.list_encoding_names():
             raise ValueError(f"tiktoken has no encoding {name}: set vocab_file to one of {', '.join(library.list_encoding_names())}.")
-        return cls(library.get_encoding(name))
+        return cls(_readable(name, library.get_encoding, needs_file=False))
 
     def encode(self, text: str) -> list[int]:
         return self._encoding.encode(text, allowed_special="all")

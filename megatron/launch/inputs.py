@@ -24,8 +24,14 @@ class Input:
         return tuple(name for name in self.files if not _exists(name))
 
 
+NAMED_TOKENIZERS = ("TiktokenTokenizer", "HFGPT2Tokenizer")
+"""Kinds that are opened by a name, which need not be that of a file."""
+
+
 def tokenizer_inputs(config: Config) -> list[Input]:
-    """The tokenizer's files."""
+    """The files of a tokenizer that is not opened by name."""
+    if config.tokenizer.tokenizer_type in NAMED_TOKENIZERS:
+        return []
     named = {"vocab_file": config.tokenizer.vocab_file, "merge_file": config.tokenizer.merge_file}
     return [Input(key=key, name=name, files=(name,)) for key, name in named.items() if name is not None]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron.config.loader import LoadedConfig, load_config_with_notes
 from megatron.config.resolve import Device
-from megatron.launch.inputs import tokenizer_inputs
+from megatron.launch.inputs import NAMED_TOKENIZERS, tokenizer_inputs
 
 WHOLE_MODELS = ("generate.py", "eval.py")
 """Scripts that hold the whole model in every process."""
@@ -17,7 +17,7 @@ WHOLE_MODELS = ("generate.py", "eval.py")
 def load(paths: Sequence[Path], *, overrides: Mapping[str, object], world_size: int, device: Device, script: str) -> LoadedConfig:
     """The resolved configuration of a start of ``script``, and its notes. ValueError with every mistake.
 
-    The loader reads the size of JSON vocabularies by itself; for other files that are there, the tokenizer is opened and asked.
+    The loader reads the size of JSON vocabularies by itself; other files that are there, and tokenizers with a name, are opened and asked.
     """
     resolve = partial(
         load_config_with_notes,
@@ -28,8 +28,8 @@ def load(paths: Sequence[Path], *, overrides: Mapping[str, object], world_size: 
         holds_whole_models=Path(script).name in WHOLE_MODELS,
     )
     loaded = resolve()
-    files = tokenizer_inputs(loaded.config)
-    if loaded.config.model.vocab_size is not None or not files or any(given.missing for given in files):
+    files, is_named = tokenizer_inputs(loaded.config), loaded.config.tokenizer.tokenizer_type in NAMED_TOKENIZERS
+    if loaded.config.model.vocab_size is not None or not (files or is_named) or any(given.missing for given in files):
         return loaded
     from megatron.data.tokenizer import build_tokenizer
 

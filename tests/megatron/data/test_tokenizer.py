@@ -199,6 +199,15 @@ def test_an_encoding_of_tiktoken_is_taken_by_its_name(monkeypatch: pytest.Monkey
     assert opened.encode("ab<|endoftext|>") == [97, 98, 258]
 
 
+def test_an_encoding_that_cannot_be_downloaded_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(name: str) -> tiktoken.Encoding:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
+    with pytest.raises(ValueError, match=r"cl100k_base cannot be read as a tokenizer \(no network\)"):
+        build_tokenizer(TokenizerConfig(tokenizer_type="TiktokenTokenizer", vocab_file="cl100k_base"))
+
+
 @pytest.mark.parametrize("kind", ["HFTokenizer", "SPMTokenizer"])
 def test_a_file_that_is_missing_or_no_tokenizer_is_named(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "x"

@@ -115,15 +115,19 @@ def test_fp16_on_a_processor_without_it_names_the_overrides_that_help(
     assert "--set fp16.enabled=false --set precision=bfloat16" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"), [("SPMTokenizer", "spm.model"), ("TiktokenTokenizer", "cl100k_base"), ("HFGPT2Tokenizer", "gpt2"), ("HFGPT2Tokenizer", "null")]
+)
 def test_a_vocabulary_that_is_no_json_is_asked_of_its_tokenizer(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    kind: str, name: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
     (folder / "spm.model").touch()
     monkeypatch.setattr(tokenizer, "build_tokenizer", lambda config: SimpleNamespace(vocab_size=1000))
-    overrides = ["--set", "tokenizer_type=SPMTokenizer", "--set", "vocab_file=spm.model"]
-    assert main(["ranks.py", *TINY, *overrides, "--check"]) == 0
-    assert "vocabulary padded to 1,024" in capsys.readouterr().out
+    assert main(["ranks.py", *TINY, "--set", f"tokenizer_type={kind}", "--set", f"vocab_file={name}", "--check"]) == 0
+    plan = capsys.readouterr().out
+    assert "vocabulary padded to 1,024" in plan
+    assert "cannot start" not in plan
 
 
 @pytest.mark.parametrize("argv", [["nowhere.py", *TINY], ["ranks.py", "nowhere.yml"], ["ranks.py", *TINY, "--set", "hostfile=nowhere"]])
