@@ -20,6 +20,8 @@ from megatron.launch.node import Slots
 DEFAULT_HOSTFILE = Path("/job/hostfile")
 LOCALHOST = "localhost"
 _CPU_INFO = Path("/proc/cpuinfo")
+_HOST = re.compile(r"(\w[\w.-]*@)?\w[\w.-]*")
+"""A host as ssh calls it, with or without a user. pdsh reads brackets and commas as several, a colon as a way to get there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +42,7 @@ def find_resources(launch: LaunchConfig, environ: Mapping[str, str]) -> Resource
     """Hosts and devices that this configuration asks for. ValueError where it asks for what is not there."""
     if launch.include and launch.exclude:
         raise ValueError("include and exclude are both given: keep one of them.")
-    if (launch.include or launch.exclude) and (launch.num_nodes is not None or launch.num_gpus is not None):
+    if (launch.include or launch.exclude) and any(count is not None and count >= 0 for count in (launch.num_nodes, launch.num_gpus)):
         raise ValueError("num_nodes and num_gpus cannot be combined with include or exclude: name the devices, or their number.")
     device = device_kind(environ)
     hostfile = find_hostfile(launch, environ)
@@ -72,6 +74,8 @@ def read_hostfile(path: Path) -> dict[str, int]:
         match = re.fullmatch(r"(\S+)\s+slots=(\d+)", entry)
         if match is None or int(match[2]) == 0:
             raise ValueError(f"{path}, line {number}: {entry!r} is not of the form `host slots=N` with N of at least 1.")
+        if not _HOST.fullmatch(match[1]):
+            raise ValueError(f"{path}, line {number}: {match[1]!r} is no name that pdsh takes as it is (nor are IPv6 addresses): name the host.")
         if match[1] in hosts:
             raise ValueError(f"{path}, line {number}: host {match[1]} is listed twice: give it one line with all its slots.")
         hosts[match[1]] = int(match[2])
@@ -201,7 +205,12 @@ def count_gpus() -> int:
     """NVIDIA GPUs of this machine: asked of nvidia-smi, else of the driver's /proc folder."""
     tool = shutil.which("nvidia-smi")
     if tool is not None:
-        listing = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=60, check=False)
+        try:
+            listing = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=60, check=False)
+        except subprocess.TimeoutExpired as error:
+            raise ValueError(
+                "nvidia-smi has not answered in a minute, so a GPU or its driver hangs: repair it, or set DS_ACCELERATOR=cpu."
+            ) from error
         if listing.returncode == 0:
             return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
     folder = Path("/proc/driver/nvidia/gpus")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,8 @@ def test_the_environment_may_name_the_hostfile(hostfile: str) -> None:
         ("worker-0 slots=0\n", "at least 1"),
         ("worker-0\n", "is not of the form"),
         ("# nothing\n", "names no host"),
+        ("node[0-3] slots=4\n", r"line 1: .node\[0-3\]. is no name that pdsh takes as it is"),
+        ("fe80::1 slots=4\n", "nor are IPv6 addresses"),
     ],
 )
 def test_a_wrong_hostfile_is_refused_with_its_line(tmp_path: Path, text: str, complaint: str) -> None:
@@ -66,6 +69,7 @@ def test_a_hostfile_that_is_not_there_is_refused() -> None:
         ({"num_nodes": 1}, {"worker-0": (0, 1, 2, 3)}),
         ({"num_gpus": 2}, {"worker-0": (0, 1), "worker-1": (0, 1)}),
         ({"num_nodes": -1, "num_gpus": -1}, {"worker-0": (0, 1, 2, 3), "worker-1": (0, 1)}),
+        ({"num_nodes": -1, "num_gpus": -1, "include": "worker-1"}, {"worker-1": (0, 1)}),
     ],
 )
 def test_filters_choose_hosts_and_slots(hostfile: str, keys: dict[str, object], expected: dict[str, tuple[int, ...]]) -> None:
@@ -142,3 +146,13 @@ def test_a_processor_says_whether_it_computes_in_fp16(monkeypatch: pytest.Monkey
     monkeypatch.setattr(resources, "_CPU_INFO", tmp_path / "cpuinfo")
     assert resources.computes_in_fp16("cpu") == has_fp16
     assert resources.computes_in_fp16("cuda")
+
+
+def test_a_driver_that_hangs_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(command: list[str], **_: object) -> None:
+        raise subprocess.TimeoutExpired(command, 60)
+
+    monkeypatch.setattr(resources.shutil, "which", lambda name: name)
+    monkeypatch.setattr(resources.subprocess, "run", hang)
+    with pytest.raises(ValueError, match="nvidia-smi has not answered in a minute"):
+        find_resources(LaunchConfig(), {})
