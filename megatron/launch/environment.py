@@ -72,6 +72,6 @@ def guard_extensions(folder: Path) -> int:
 
 
 def _can_write(folder: Path) -> bool:
-    while not folder.exists():
+    while not os.path.exists(folder):  # and not Path.exists, which raises PermissionError below folders that are closed to this user
         folder = folder.parent
     return os.access(folder, os.W_OK | os.X_OK)

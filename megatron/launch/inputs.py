@@ -79,13 +79,13 @@ def obstacles(config: Config, *, script: str, has_fp16: bool) -> list[str]:
 
 def nearest_folder(folder: Path) -> Path:
     """This folder, or the nearest above it that exists."""
-    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.exists(place))
 
 
 def _exists(name: str) -> bool:
     from megatron.data.remote import exists, is_remote
 
-    return exists(name) if is_remote(name) else Path(name).exists()
+    return exists(name) if is_remote(name) else os.path.exists(name)
 
 
 def _listed(files: tuple[str, ...]) -> str:

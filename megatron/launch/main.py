@@ -23,14 +23,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(sys.argv[1:] if argv is None else argv)
     try:
         return _check(arguments, os.environ) if arguments.check else _start(arguments, os.environ)
-    except ValueError as mistake:
+    except BrokenPipeError:  # of `deepy.py --check | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as mistake:
         print(mistake, file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:  # before there was a job
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # of `deepy.py --check | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def _check(arguments: Arguments, environ: Mapping[str, str]) -> int:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 from pathlib import Path
 
 from megatron.launch.environment import KEEP_FREED_MEMORY, REPOSITORY, extensions_folder, guard_extensions, worker_variables
+from megatron.launch.inputs import nearest_folder
 
 
 def test_cores_are_divided_among_the_workers_of_a_host() -> None:
@@ -34,6 +36,19 @@ def test_only_cpu_workers_are_told_so() -> None:
 
 def test_compiled_operators_lie_in_the_users_cache(tmp_path: Path) -> None:
     assert tmp_path in extensions_folder({"XDG_CACHE_HOME": str(tmp_path)}).parents
+
+
+def test_a_cache_below_a_folder_that_is_closed_to_this_user_is_no_traceback(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)  # to root nothing is closed
+    try:
+        assert extensions_folder({"XDG_CACHE_HOME": str(closed / "cache")}).name.startswith(socket.gethostname())
+        assert nearest_folder(closed / "checkpoints" / "mine") in closed.parents or user != 0
+    finally:
+        os.seteuid(user)
 
 
 def test_a_lock_left_by_a_dead_job_is_removed_by_the_first_job(tmp_path: Path) -> None:
