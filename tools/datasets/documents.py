@@ -189,6 +189,8 @@ def _damage_named(path: Path) -> Iterator[None]:
     except ImportError as error:
         raise ValueError(f"Reading {path} needs the package {error.name}: pip install {error.name}") from error
     except Exception as error:  # UnicodeDecodeError, EOFError, zlib.error, ReadError, ArrowInvalid and ZstdError among them, which share no base
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk or the network has failed, and not the content
         reason = f"{path} cannot be read to its end ({error})"
         raise ValueError(f"{reason}: it was cut short, or is no UTF-8 or not what its name says; make it again.") from error
 

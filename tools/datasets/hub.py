@@ -15,10 +15,15 @@ def rows(name: str) -> Iterator[Mapping[str, object]]:
         import datasets
     except ImportError as error:
         raise ValueError(f"--input {name} needs the package datasets: pip install datasets") from error
+    number = 0
     try:
-        yield from datasets.load_dataset(path, configuration or None, split=split, streaming=True)
+        for row in datasets.load_dataset(path, configuration or None, split=split, streaming=True):
+            yield row
+            number += 1
     except Exception as error:  # of the network, the hub, the library and the file formats, which share no base
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if number:  # no ValueError, at which what is prepared so far would be thrown away
+            raise ConnectionError(f"--input {name} broke off after {number} rows ({reason}): the same command goes on from there.") from error
         raise ValueError(f"--input {name} cannot be read ({reason}): check the name ({FORM}) and that the hub can be reached from here.") from error
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import sys
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from tools.datasets import documents as module
 from tools.datasets.documents import STDIN, Source, find_sources, read_documents
 from tools.datasets.packed import COMPRESSED
 
@@ -73,6 +75,18 @@ def test_a_damaged_file_is_named_in_a_sentence(fault: str, tmp_path: Path) -> No
     with pytest.raises(ValueError, match=message) as refusal:
         texts(tmp_path / name)
     assert str(tmp_path / name) in str(refusal.value)
+
+
+def test_a_disk_that_fails_is_no_damage_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was prepared before it is kept, which a ValueError would throw away."""
+    (tmp_path / "x.jsonl").write_bytes(TEXT)
+
+    def fail(path: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(module, "open_packed", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        texts(tmp_path / "x.jsonl")
 
 
 def test_a_damaged_row_group_of_a_parquet_file_is_a_sentence(tmp_path: Path) -> None:

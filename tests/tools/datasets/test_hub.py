@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -9,7 +10,8 @@ import pytest
 
 from megatron.config.schema import TokenizerConfig
 from megatron.data.indexed import IndexedDataset
-from tools.datasets import hub
+from tools.datasets import chunks, hub
+from tools.datasets import preprocess as module
 from tools.datasets.documents import find_sources
 from tools.datasets.encoding import TextRecipe
 from tools.datasets.preprocess import preprocess
@@ -59,3 +61,25 @@ def test_a_name_of_another_form_is_refused(name: str) -> None:
     (source,) = find_sources([name])
     with pytest.raises(ValueError, match="names no data set of the hub: give hf:NAME"):
         next(hub.rows(source.name))
+
+
+def test_a_connection_that_breaks_leaves_what_was_prepared_and_the_same_command_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"text": f"row {number}"} for number in range(8)]
+
+    def load_dataset(*names: object, **options: object) -> Iterator[dict[str, str]]:
+        yield from rows[:5]
+        if breaks:
+            raise TimeoutError("read timed out")
+        yield from rows[5:]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(chunks, "CHUNK_RECORDS", 2)
+    monkeypatch.setattr(module, "MARK_S", 0)
+    recipe = TextRecipe(tokenizer=TokenizerConfig(tokenizer_type="CharLevelTokenizer"))
+    breaks = True
+    with pytest.raises(ConnectionError, match=r"hf:owner/set broke off after 5 rows \(read timed out\): the same command goes on"):
+        preprocess(["hf:owner/set"], str(tmp_path / "x"), recipe)
+    assert (tmp_path / "x.progress.json").is_file()
+    breaks = False
+    preprocess(["hf:owner/set"], str(tmp_path / "x"), recipe)
+    assert [bytes(row.tolist()) for row in IndexedDataset(tmp_path / "x_text_document")] == [row["text"].encode() for row in rows]
