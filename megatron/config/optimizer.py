@@ -112,7 +112,7 @@ def _decay_steps(settings: Settings) -> int:
     if steps is not None:
         return steps
     if train_iters is not None:
-        return train_iters if fraction is None else math.floor(train_iters * fraction)
+        return max(1, train_iters if fraction is None else math.floor(train_iters * fraction))
     if settings.has("train_epochs"):
         text = "train_epochs is given without lr_decay_iters, and how many steps the epochs have is known only with the data: give lr_decay_iters."
         raise settings.fail(["train_epochs"], text)

@@ -125,6 +125,7 @@ BLOCK = Kind(words="a block in braces, such as {enabled: true}", read=_block)
 WHOLES = list_of(WHOLE, words="a list of whole numbers, such as [1, 2]")
 SIZES = list_of(SIZE, words="a list of whole numbers of at least 0, such as [0, 1]")
 NUMBERS = list_of(NUMBER, words="a list of numbers, such as [0.5, 0.5]")
+WEIGHTS = list_of(NOT_NEGATIVE, words="a list of numbers of at least 0, such as [0.5, 0.5]")
 TEXTS = list_of(TEXT, words='a list of texts, such as ["a", "b"]')
 ANYTHING = Kind(words="a value", read=_anything)
 

@@ -140,7 +140,7 @@ def test_mistakes_of_overrides_name_the_override(tmp_path: Path) -> None:
     assert errors(paths, overrides={"train_iter": 3, "hidden_size": "wide", "seed.x": 1, "seed": "a"}) == [
         "--set hidden_size: hidden_size is 'wide': give a whole number of at least 1.",
         "--set train_iter: unknown key train_iter: did you mean train_iters?",
-        "--set seed: seed is 'a': give a whole number of at least 0.",
+        "--set seed: seed is 'a': give a whole number of at least 0 and at most 4294967295.",
     ]
     assert errors(paths, overrides={"num_layers.x": 1}) == ["--set num_layers.x: num_layers is 4, which has no members: use --set num_layers=VALUE."]
 

@@ -113,7 +113,9 @@ def test_optimizer_mistakes(keys: dict[str, object], words: str, mistakes: Mista
     assert words in "\n".join(mistakes(keys))
 
 
-@pytest.mark.parametrize(("keys", "steps"), [({}, 100), ({"lr-decay-iters": 70}, 70), ({"lr_decay_fraction": 0.555}, 55)])
+@pytest.mark.parametrize(
+    ("keys", "steps"), [({}, 100), ({"lr-decay-iters": 70}, 70), ({"lr_decay_fraction": 0.555}, 55), ({"lr_decay_fraction": 0.001}, 1)]
+)
 def test_the_schedule_lasts_as_long_as_the_run_unless_told(keys: dict[str, object], steps: int, resolve: Resolve) -> None:
     assert resolve(keys).config.schedule.lr_decay_iters == steps
 
