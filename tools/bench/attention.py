@@ -9,7 +9,6 @@ status is 1. Ratios are to the fastest dense causal attention of any dtype, meas
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -68,11 +67,7 @@ def parse(argv: Sequence[str] | None, *, names: Sequence[str]) -> argparse.Names
     flags.add_argument("--rounds", type=int, help="default: what fits into --minutes, but 5 on a CPU and 30 on a GPU at least")
     flags.add_argument("--minutes", type=float, default=10, help="for all lengths together, comparing and compiling aside (default: %(default)s)")
     add_text_flags(flags)
-    flags.add_argument("--json", type=Path, metavar="OUT")
-    flags.add_argument("--png", type=Path, metavar="OUT")
-    flags.add_argument("--save", action="store_true", help="JSON, Markdown and PNG into benchmarks/results/")
-    words = list(sys.argv[1:] if argv is None else argv)
-    return flags.parse_args(words, argparse.Namespace(command=shlex.join(["python", "-m", "tools.bench.attention", *words])))
+    return report.parsed(flags, argv, draws=True)
 
 
 def results(arguments: argparse.Namespace, known: Sequence[Variant]) -> Iterator[tuple[report.Result, list[str]]]:

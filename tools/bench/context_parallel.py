@@ -17,13 +17,11 @@ import argparse
 import math
 import multiprocessing
 import os
-import shlex
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,6 +39,7 @@ from tools.bench.machine import describe
 from tools.bench.measure import Ratio, clock_s, interleave
 from tools.bench.problem import INITIAL_TOKENS
 from tools.bench.text import add_text_flags, chosen_stream
+from tools.command import exit_status
 
 WAYS = ("exchange", "all-gather", "ring")
 COUNTED_PIECES = (2, 4, 8, 16)
@@ -130,14 +129,7 @@ class Times:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     torch.set_num_threads(arguments.threads)
-    try:
-        result = run(arguments)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 1
-    for path in report.save(result, arguments, "context-parallel", arguments.dtype):
-        print(f"wrote {path}")
-    return 0
+    return exit_status(lambda: report.deliver(run(arguments), arguments, "context-parallel", arguments.dtype))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -152,10 +144,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument("--rounds", type=int, default=11, help="(default: %(default)s)")
     flags.add_argument("--threads", type=int, default=1, help="of each process (default: %(default)s)")
     add_text_flags(flags)
-    flags.add_argument("--json", type=Path, metavar="OUT")
-    flags.add_argument("--save", action="store_true", help="JSON and Markdown into benchmarks/results/")
-    words = list(sys.argv[1:] if argv is None else argv)
-    return flags.parse_args(words, argparse.Namespace(command=shlex.join(["python", "-m", "tools.bench.context_parallel", *words])))
+    return report.parsed(flags, argv)
 
 
 def run(arguments: argparse.Namespace) -> report.Result:

@@ -10,12 +10,10 @@ slower than the best one is marked and makes the exit status 1.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -126,8 +124,7 @@ def main(argv: Sequence[str] | None = None, *, cases: Sequence[Case] = CASES) ->
         title=title,
         picture=None,
     )
-    for path in report.save(result, arguments, "cores", *arguments.dtype):
-        print(f"wrote {path}")
+    report.deliver(result, arguments, "cores", *arguments.dtype)
     return 1 if any(verdict.is_bad for verdict in verdicts) else 0
 
 
@@ -139,10 +136,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument("--cores", nargs="+", choices=core_names(), default=[name for name in core_names() if name not in ("flex", "fused_triton")])
     flags.add_argument("--rounds", type=int, default=15)
     add_text_flags(flags)
-    flags.add_argument("--json", type=Path, metavar="OUT")
-    flags.add_argument("--save", action="store_true", help="JSON and Markdown into benchmarks/results/")
-    words = list(sys.argv[1:] if argv is None else argv)
-    return flags.parse_args(words, argparse.Namespace(command=shlex.join(["python", "-m", "tools.bench.cores", *words])))
+    return report.parsed(flags, argv)
 
 
 def judge(case: Case, dtype: str, text: TokenStream, device: torch.device, *, rounds: int, cores: Sequence[str]) -> Verdict:

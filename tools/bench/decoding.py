@@ -9,12 +9,10 @@ text up to a length, then take turns of a few generated tokens each, so that wha
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -118,11 +116,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument("--tokens", type=int, default=32, help="that are generated in a turn (default: %(default)s)")
     flags.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     flags.add_argument("--threads", type=int, default=1, help="of a CPU (default: %(default)s)")
-    flags.add_argument("--json", type=Path, metavar="OUT")
-    flags.add_argument("--png", type=Path, metavar="OUT")
-    flags.add_argument("--save", action="store_true", help="JSON, Markdown and PNG into benchmarks/results/")
-    words = list(sys.argv[1:] if argv is None else argv)
-    return flags.parse_args(words, argparse.Namespace(command=shlex.join(["python", "-m", "tools.bench.decoding", *words])))
+    return report.parsed(flags, argv, draws=True)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -136,8 +130,7 @@ def run(arguments: argparse.Namespace) -> None:
         equal_rows = measured_at(arguments.equal_lengths, (Arm(first, DynamicCache()), Arm(second, large)), arguments)
     result = as_result(rows, equal_rows, arguments, machine.as_dict(), title=f"Decoding with a SepCache and a DynamicCache: {machine.title()}")
     print("", *(table.text() for table in result.tables), sep="\n")
-    for path in report.save(result, arguments, "decoding"):
-        print(f"wrote {path}")
+    report.deliver(result, arguments, "decoding")
 
 
 def make_model(arguments: argparse.Namespace, device: torch.device) -> GPTNeoXForCausalLM:

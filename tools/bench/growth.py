@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -36,6 +34,7 @@ from tools.bench.machine import describe, peak_rss_bytes
 from tools.bench.measure import clock_s
 from tools.bench.problem import INITIAL_TOKENS
 from tools.bench.text import add_text_flags, chosen_stream
+from tools.command import exit_status
 
 Kind = Literal["layer", "model"]
 Pattern = Literal["full", "sepllm"]
@@ -105,14 +104,7 @@ class Fit:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     torch.set_num_threads(arguments.threads)
-    try:
-        result = run(arguments)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 1
-    for path in report.save(result, arguments, "growth", arguments.dtype):
-        print(f"wrote {path}")
-    return 0
+    return exit_status(lambda: report.deliver(run(arguments), arguments, "growth", arguments.dtype))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -128,11 +120,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument("--threads", type=int, default=2, help="of a CPU (default: %(default)s)")
     flags.add_argument("--minutes", type=float, default=20, help="for all curves together (default: %(default)s)")
     add_text_flags(flags)
-    flags.add_argument("--json", type=Path, metavar="OUT")
-    flags.add_argument("--png", type=Path, metavar="OUT")
-    flags.add_argument("--save", action="store_true", help="JSON, Markdown and PNG into benchmarks/results/")
-    words = list(sys.argv[1:] if argv is None else argv)
-    return flags.parse_args(words, argparse.Namespace(command=shlex.join(["python", "-m", "tools.bench.growth", *words])))
+    return report.parsed(flags, argv, draws=True)
 
 
 def run(arguments: argparse.Namespace) -> report.Result:

@@ -11,13 +11,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -66,8 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(asdict(measure(arguments.one, Corpus(**json.loads(arguments.corpus)), seq_length=arguments.seq_length))))
         return 0
     result, is_right = run(arguments)
-    for path in report.save(result, arguments, "index-build", f"s{arguments.seq_length}"):
-        print(f"wrote {path}")
+    report.deliver(result, arguments, "index-build", f"s{arguments.seq_length}")
     return 0 if is_right else 1
 
 
@@ -76,12 +73,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument("--seq-length", type=int, default=2048, metavar="S")
     flags.add_argument("--documents", type=int, nargs="+", metavar="COUNT", help="corpora of so many documents of 1000 tokens (default: three)")
     flags.add_argument("--largest", action="store_true", help="also one as large as the deduplicated Pile, which takes minutes and 4 GB")
-    flags.add_argument("--json", type=Path, metavar="OUT")
-    flags.add_argument("--save", action="store_true", help="JSON and Markdown into benchmarks/results/")
     flags.add_argument("--one", choices=sorted(CONTENDERS), help=argparse.SUPPRESS)
     flags.add_argument("--corpus", help=argparse.SUPPRESS)
-    words = list(sys.argv[1:] if argv is None else argv)
-    return flags.parse_args(words, argparse.Namespace(command=shlex.join(["python", "-m", "tools.bench.index_build", *words])))
+    return report.parsed(flags, argv)
 
 
 def run(arguments: argparse.Namespace) -> tuple[report.Result, bool]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -67,8 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 1
-    for path in report.save(result, arguments, "loader", arguments.model, f"s{arguments.seq_length}"):
-        print(f"wrote {path}")
+    report.deliver(result, arguments, "loader", arguments.model, f"s{arguments.seq_length}")
     return 0 if is_enough else 1
 
 
@@ -84,10 +82,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument("--threads", type=int, default=2, help="of the model, on a CPU (default: %(default)s)")
     flags.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="processes that load (default: %(default)s)")
     flags.add_argument("--seconds", type=float, default=5, help="for each number of workers, and for the model (default: %(default)s)")
-    flags.add_argument("--json", type=Path, metavar="OUT")
-    flags.add_argument("--save", action="store_true", help="JSON and Markdown into benchmarks/results/")
-    words = list(sys.argv[1:] if argv is None else argv)
-    return flags.parse_args(words, argparse.Namespace(command=shlex.join(["python", "-m", "tools.bench.loader", *words])))
+    return report.parsed(flags, argv)
 
 
 def run(arguments: argparse.Namespace) -> tuple[report.Result, bool]:

@@ -20,7 +20,6 @@ import itertools
 import json
 import os
 import resource
-import shlex
 import subprocess
 import sys
 import time
@@ -153,8 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
-    for path in report.save(result, arguments, "preprocess"):
-        print(f"wrote {path}")
+    report.deliver(result, arguments, "preprocess")
     return 0 if is_enough else 1
 
 
@@ -166,10 +164,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument("--minutes", type=float, default=5, help="of all rounds together (default: %(default)s)")
     flags.add_argument("--rounds", type=int, help="as many, however long they take")
     flags.add_argument("--stream-mb", type=int, default=0, help="length of the stream whose memory is noted (default: none)")
-    flags.add_argument("--json", type=Path, metavar="OUT")
-    flags.add_argument("--save", action="store_true", help="JSON and Markdown into benchmarks/results/")
-    words = list(sys.argv[1:] if argv is None else argv)
-    return flags.parse_args(words, argparse.Namespace(command=shlex.join(["python", "-m", "tools.bench.preprocess", *words])))
+    return report.parsed(flags, argv)
 
 
 def run(arguments: argparse.Namespace, task: Task) -> tuple[report.Result, bool]:

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import argparse
 import re
-import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from pathlib import Path
 from statistics import median
 from typing import Protocol, cast
 
@@ -30,6 +28,7 @@ from tools.bench import report
 from tools.bench.arms import ALL_ARMS, PRECISIONS, PYTHIA_VOCAB, Arm, Trainee, config_of, refusal
 from tools.bench.machine import describe, memory_bytes
 from tools.bench.text import add_text_flags, chosen_stream
+from tools.command import exit_status
 
 RULES = (
     ("optimizer", r"bench/arms\.py\(\d+\): apply|torch/optim/|clip_grad|_fused_adam"),
@@ -99,14 +98,7 @@ class Profile:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     torch.set_num_threads(arguments.threads)
-    try:
-        result = run(arguments)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 1
-    for path in report.save(result, arguments, "profile", arguments.model, arguments.dtype, f"s{arguments.seq_length}"):
-        print(f"wrote {path}")
-    return 0
+    return exit_status(lambda: report.deliver(run(arguments), arguments, "profile", arguments.model, arguments.dtype, f"s{arguments.seq_length}"))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -122,10 +114,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument("--arms", nargs="+", choices=names, default=["sepllm", "full"], help="(default: %(default)s)")
     flags.add_argument("--steps", type=int, default=3, help="traced steps of each arm (default: %(default)s)")
     add_text_flags(flags)
-    flags.add_argument("--json", type=Path, metavar="OUT")
-    flags.add_argument("--save", action="store_true", help="JSON and Markdown into benchmarks/results/")
-    words = list(sys.argv[1:] if argv is None else argv)
-    return flags.parse_args(words, argparse.Namespace(command=shlex.join(["python", "-m", "tools.bench.profile_step", *words])))
+    return report.parsed(flags, argv)
 
 
 def run(arguments: argparse.Namespace) -> report.Result:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +110,22 @@ def save(result: Result, arguments: argparse.Namespace, *words: str) -> list[Pat
     """The files that ``--json``, ``--png`` (where there is one) and ``--save`` ask for. ``words``: what a saved name says beside date and device."""
     save_as = base_name(str(result.header["date"]), str(result.header["device"]), *words) if arguments.save else None
     return write(result, json_path=arguments.json, png_path=getattr(arguments, "png", None), save_as=save_as)
+
+
+def deliver(result: Result, arguments: argparse.Namespace, *words: str) -> None:
+    """As `save`, and says what was written."""
+    for path in save(result, arguments, *words):
+        print(f"wrote {path}")
+
+
+def parsed(flags: argparse.ArgumentParser, argv: Sequence[str] | None, *, draws: bool = False) -> argparse.Namespace:
+    """The arguments, those of `save` among them, and the ``command`` that repeats the run. ``draws``: the result has a picture."""
+    flags.add_argument("--json", type=Path, metavar="OUT")
+    if draws:
+        flags.add_argument("--png", type=Path, metavar="OUT")
+    flags.add_argument("--save", action="store_true", help=f"JSON{', Markdown and PNG' if draws else ' and Markdown'} into benchmarks/results/")
+    words = list(sys.argv[1:] if argv is None else argv)
+    return flags.parse_args(words, argparse.Namespace(command=shlex.join(["python", "-m", flags.prog, *words])))
 
 
 def base_name(date: str, device: str, *words: str) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,11 +32,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags = argparse.ArgumentParser(prog="tools.bench.streams", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("runs", nargs="+", type=Path, metavar="FOLDER", help="--output_dir of a finished run")
     flags.add_argument("--name", required=True, help="of the result")
-    flags.add_argument("--json", type=Path, metavar="OUT")
-    flags.add_argument("--png", type=Path, metavar="OUT")
-    flags.add_argument("--save", action="store_true", help="JSON, Markdown and PNG into benchmarks/results/")
-    words = list(sys.argv[1:] if argv is None else argv)
-    return flags.parse_args(words, argparse.Namespace(command=shlex.join(["python", "-m", "tools.bench.streams", *words])))
+    return report.parsed(flags, argv, draws=True)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -57,8 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
         picture=lambda path: draw({method: Trace.read(first / method) for method in methods}, path),
     )
     print(*(table.text() for table in tables), sep="\n\n")
-    for path in report.save(result, arguments, "streams", arguments.name):
-        print(f"wrote {path}")
+    report.deliver(result, arguments, "streams", arguments.name)
 
 
 def read(folder: Path) -> Mapping[str, Any]:

@@ -12,13 +12,11 @@ With --parity nothing is timed: SepLLM's losses over a short training run are co
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -50,8 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     engine = ("deepspeed",) if arguments.engine == "deepspeed" and not arguments.parity else ()
-    for path in report.save(result, arguments, kind, arguments.model, arguments.dtype, *engine):
-        print(f"wrote {path}")
+    report.deliver(result, arguments, kind, arguments.model, arguments.dtype, *engine)
     for failure in failures:
         print(f"WRONG, and therefore without a row: {failure}", file=sys.stderr)
     return 1 if failures else 0
@@ -74,11 +71,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument("--minutes", type=float, default=10, help="for all lengths together (default: %(default)s)")
     flags.add_argument("--parity", type=int, metavar="STEPS", help="compare losses over so many steps instead, at the first length")
     add_text_flags(flags)
-    flags.add_argument("--json", type=Path, metavar="OUT")
-    flags.add_argument("--png", type=Path, metavar="OUT")
-    flags.add_argument("--save", action="store_true", help="JSON, Markdown and PNG into benchmarks/results/")
-    words = list(sys.argv[1:] if argv is None else argv)
-    return flags.parse_args(words, argparse.Namespace(command=shlex.join(["python", "-m", "tools.bench.train_step", *words])))
+    return report.parsed(flags, argv, draws=True)
 
 
 def run(arguments: argparse.Namespace) -> tuple[report.Result, str, list[str]]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -125,10 +124,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: %(default)s)")
     flags.add_argument("--threads", type=int, default=1, help="of a CPU (default: %(default)s)")
     flags.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    flags.add_argument("--json", type=Path, metavar="OUT")
-    flags.add_argument("--save", action="store_true", help="JSON and Markdown into benchmarks/results/")
-    words = list(sys.argv[1:] if argv is None else argv)
-    return flags.parse_args(words, argparse.Namespace(command=shlex.join(["python", "-m", "tools.bench.training_free", *words])))
+    return report.parsed(flags, argv)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -148,8 +144,7 @@ def run(arguments: argparse.Namespace) -> None:
                 print(f"{method.name} on {task}: {cell(scores[-1])}", flush=True)
     result = as_result(scores, methods, arguments)
     print("", *(table.text() for table in result.tables), sep="\n")
-    for path in report.save(result, arguments, "training-free", Path(arguments.model).name):
-        print(f"wrote {path}")
+    report.deliver(result, arguments, "training-free", Path(arguments.model).name)
 
 
 def methods_of(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, num_layers: int) -> Iterator[Method]:
