@@ -49,56 +49,32 @@ class Hardware:
         return (self.fp32_tflops if precision == "fp32" else self.peak_tflops) * 1e12
 
 
-_DGX = "DGX H100/H200: 8 devices, NVLink 4 with 450 GB/s each way, one 400 Gb/s adapter a device"
-_DGX_A100 = "DGX A100: 8 devices, NVLink 3 with 300 GB/s each way, one 200 Gb/s adapter a device"
-
-PUBLISHED = {
-    hardware.name: hardware
-    for hardware in (
-        Hardware(
-            name="h200",
-            peak_tflops=989.0,
-            fp32_tflops=67.0,
-            memory_gb=141.0,
-            memory_gb_s=4800.0,
-            node_gb_s=450.0,
-            network_gb_s=50.0,
-            source=f"https://www.nvidia.com/en-us/data-center/h200/ (SXM; bf16 half of the sparse figure); {_DGX}",
-        ),
-        Hardware(
-            name="h100",
-            peak_tflops=989.0,
-            fp32_tflops=67.0,
-            memory_gb=80.0,
-            memory_gb_s=3350.0,
-            node_gb_s=450.0,
-            network_gb_s=50.0,
-            source=f"https://www.nvidia.com/en-us/data-center/h100/ (SXM; bf16 half of the sparse figure); {_DGX}",
-        ),
-        Hardware(
-            name="a100-80",
-            peak_tflops=312.0,
-            fp32_tflops=19.5,
-            memory_gb=80.0,
-            memory_gb_s=2039.0,
-            matrix_rate=0.65,
-            node_gb_s=300.0,
-            network_gb_s=25.0,
-            source=f"https://www.nvidia.com/en-us/data-center/a100/ (SXM); {_DGX_A100}",
-        ),
-        Hardware(
-            name="a100-40",
-            peak_tflops=312.0,
-            fp32_tflops=19.5,
-            memory_gb=40.0,
-            memory_gb_s=1555.0,
-            matrix_rate=0.65,
-            node_gb_s=300.0,
-            network_gb_s=25.0,
-            source=f"https://www.nvidia.com/en-us/data-center/a100/ (SXM); {_DGX_A100}",
-        ),
-    )
-}
+_H100 = Hardware(
+    name="h100",
+    peak_tflops=989.0,
+    fp32_tflops=67.0,
+    memory_gb=80.0,
+    memory_gb_s=3350.0,
+    node_gb_s=450.0,
+    network_gb_s=50.0,
+    source="https://www.nvidia.com/en-us/data-center/h100/ (SXM; bf16 half of the sparse figure); "
+    "DGX H100/H200: 8 devices, NVLink 4 with 450 GB/s each way, one 400 Gb/s adapter a device",
+)
+_A100_80 = Hardware(
+    name="a100-80",
+    peak_tflops=312.0,
+    fp32_tflops=19.5,
+    memory_gb=80.0,
+    memory_gb_s=2039.0,
+    matrix_rate=0.65,
+    node_gb_s=300.0,
+    network_gb_s=25.0,
+    source="https://www.nvidia.com/en-us/data-center/a100/ (SXM); "
+    "DGX A100: 8 devices, NVLink 3 with 300 GB/s each way, one 200 Gb/s adapter a device",
+)
+_H200 = replace(_H100, name="h200", memory_gb=141.0, memory_gb_s=4800.0, source=_H100.source.replace("h100/", "h200/"))
+_A100_40 = replace(_A100_80, name="a100-40", memory_gb=40.0, memory_gb_s=1555.0)
+PUBLISHED = {hardware.name: hardware for hardware in (_H200, _H100, _A100_80, _A100_40)}
 NAMES = (*PUBLISHED, "cpu")
 
 
