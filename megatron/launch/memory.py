@@ -12,7 +12,7 @@ from megatron.config.keys import GATED_ACTIVATIONS
 from megatron.config.schema import Config
 from megatron.config.size import model_size
 
-_MOMENTS = {"sgd": 0, "lion": 1, "muon": 1, "adagrad": 1}
+_MOMENTS = {"sgd": 0, "lion": 1, "adagrad": 1}
 """fp32 numbers that an optimizer keeps for each parameter; those of the Adam family keep two."""
 _BUCKET, _MAX_LIVE, _PREFETCH = 500_000_000, 1_000_000_000, 50_000_000
 """DeepSpeed's defaults of reduce_bucket_size, max_live_parameters and prefetch_bucket_size, in numbers."""
@@ -270,5 +270,5 @@ def _sequence_shards(config: Config) -> int:
 
 
 def _is_offloaded(config: Config) -> bool:
-    block = config.parallel.zero_optimization
-    return bool(block.get("offload_optimizer") or block.get("cpu_offload"))
+    block = config.parallel.zero_optimization.get("offload_optimizer")
+    return isinstance(block, dict) and block.get("device", "none") != "none"

@@ -106,6 +106,13 @@ def test_stages_of_zero_share_one_thing_after_another(stage: int) -> None:
         assert part(with_layout(alone, data=4), name) == part(alone, name) // (4 if place < stage else 1)
 
 
+@pytest.mark.parametrize(("block", "is_on_the_device"), [({"device": "cpu"}, False), ({"device": "none"}, True), ({}, True)])
+def test_an_optimizer_is_on_the_device_unless_it_is_offloaded_somewhere(block: dict[str, str], is_on_the_device: bool) -> None:
+    config = config_of(Case(name="ZeRO 2", zero_stage=2), "unused")
+    parallel = config.parallel.model_copy(update={"zero_optimization": {"offload_optimizer": block}})
+    assert (part(config.model_copy(update={"parallel": parallel}), "optimizer") > 0) == is_on_the_device
+
+
 def test_a_first_stage_holds_the_activations_of_as_many_micro_batches_as_there_are_stages() -> None:
     config = config_of(CASES[0], "unused")
     piped = with_layout(config, pipe_parallel_size=2)
