@@ -147,7 +147,10 @@ class _Recipe:
             allow_chopped=self.data.allow_chopped,
         )
         is_builder = self.builder.is_node_builder if tokens.is_remote else self.builder.is_builder
-        return GPTDataset.open(tokens, name, request, labels=labels, is_builder=is_builder, barrier=self.builder.barrier)
+        try:
+            return GPTDataset.open(tokens, name, request, labels=labels, is_builder=is_builder, barrier=self.builder.barrier)
+        except ValueError as error:
+            raise ValueError(f"{tokens.prefix}: {error}") from error
 
 
 def _enough(dataset: D, count: int | None, name: str) -> D:

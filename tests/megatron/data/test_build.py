@@ -108,6 +108,18 @@ def test_contradicting_keys_are_refused(keys: dict[str, tuple[str, ...]], messag
         build(DataConfig(**placed))  # type: ignore[arg-type]
 
 
+def test_of_many_files_the_one_that_has_no_documents_is_named(tmp_path: Path) -> None:
+    paths = (write(tmp_path / "some"), write(tmp_path / "none", documents=0))
+    with pytest.raises(ValueError, match=f"{paths[1]}: Sequences 0 to 0 were asked for"):
+        build(DataConfig(train_data_paths=paths))
+
+
+def test_a_run_of_no_steps_has_no_training_data_in_whichever_way_it_is_named(tmp_path: Path) -> None:
+    prefix = write(tmp_path / "x")
+    assert build(DataConfig(data_path=prefix), train=0).train is None
+    assert build(DataConfig(train_data_paths=(prefix,)), train=0).train is None
+
+
 def test_validation_without_paths_is_left_out(tmp_path: Path) -> None:
     assert build(DataConfig(train_data_paths=(write(tmp_path / "x"),))).valid is None
 
