@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"prepare_data.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("prepare_data.py: stopped; the same command goes on from here.", file=sys.stderr)
+        print(f"prepare_data.py: stopped{'; the same command goes on from here' * argv[0].startswith('-')}.", file=sys.stderr)
         return 130
     return 0
 
