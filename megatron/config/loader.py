@@ -63,7 +63,7 @@ def load_config_with_notes(
     """As `load_config`, with the notes for the user."""
     files, settings = _read(paths, overrides)
     if holds_whole_models:
-        attempt(settings, lambda: _hold_whole_models(settings))
+        attempt(settings, lambda: _hold_whole_models(settings, world_size=world_size))
     check_settings(settings)
     config = resolve(settings, world_size=world_size, device=device, vocab_size=vocab_size, files=files)
     if config is not None:
@@ -75,16 +75,20 @@ def load_config_with_notes(
     return LoadedConfig(config=config, notes=tuple(dict.fromkeys([*settings.notes, *advice(config)])))
 
 
-_OF_PARALLEL_TRAINING = ("pipe_parallel_size", "model_parallel_size", "context_parallel_size", "sequence_parallel")
+_OF_PARALLEL_TRAINING = ("pipe_parallel_size", "model_parallel_size", "context_parallel_size", "sequence_parallel", "world_size", "global_num_gpus")
+_OF_A_STEP = ("train_batch_size", "gradient_accumulation_steps")
 
 
-def _hold_whole_models(settings: Settings) -> None:
+def _hold_whole_models(settings: Settings, *, world_size: int) -> None:
     """Takes out how the model is spread over devices and how many samples make a step. The vocabulary stays padded as it is trained."""
     if not settings.has("padded_vocab_size"):
         unit = settings.get_or("make_vocab_size_divisible_by", 128) * settings.get_or("model_parallel_size", 1)
         settings.values["make_vocab_size_divisible_by"] = unit
-    steps = ("train_batch_size", "gradient_accumulation_steps") if settings.has("train_micro_batch_size_per_gpu") else ()
-    for key in (*_OF_PARALLEL_TRAINING, *steps):
+    samples = settings.get("train_batch_size", int)
+    if samples is not None and not settings.has("train_micro_batch_size_per_gpu"):
+        devices = world_size * settings.get_or("gradient_accumulation_steps", 1)
+        settings.values["train_micro_batch_size_per_gpu"] = max(1, samples // devices)
+    for key in (*_OF_PARALLEL_TRAINING, *_OF_A_STEP):
         settings.values.pop(key, None)
 
 

@@ -254,3 +254,14 @@ def test_whole_models_are_those_of_the_run_on_any_number_of_devices(tmp_path: Pa
         assert whole.model.padded_vocab_size == 768
         assert (whole.parallel.model_parallel_size, whole.parallel.sequence_parallel) == (1, False)
         assert (whole.runtime.world_size, whole.batch.data_parallel_size) == (world_size, world_size)
+
+
+@pytest.mark.parametrize(("steps", "on_one", "on_three"), [({}, 64, 21), ({"gas": 4}, 16, 5), ({"train_micro_batch_size_per_gpu": 2}, 2, 2)])
+def test_whole_models_read_a_micro_batch_at_a_time_whatever_a_step_is_made_of(
+    steps: dict[str, object], on_one: int, on_three: int, tmp_path: Path
+) -> None:
+    """64 samples a step do not divide over three devices, which need not divide them to score a model."""
+    method = METHOD.replace('"train_micro_batch_size_per_gpu": 2,  # per device', "")
+    paths = write(tmp_path, size=SIZE, method=method, run=json.dumps({"train_batch_size": 64, "global_num_gpus": 8} | steps))
+    found = [load_config(paths, world_size=count, holds_whole_models=True).batch.train_micro_batch_size_per_gpu for count in (1, 3)]
+    assert found == [on_one, on_three]
