@@ -20,7 +20,7 @@ from pathlib import Path
 import yaml
 
 from megatron.config.loader import load_config
-from megatron.launch.resources import count_gpus
+from megatron.launch.resources import visible_gpus
 from tools.demo.report import Run, bigram_floor, draw, table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,16 +85,20 @@ def train(method: Method, settings: dict[str, int]) -> None:
     resumed = losses(method.save / "metrics.jsonl")
     both = [step for step in sorted(uninterrupted) if step > half]
     difference = max(abs(uninterrupted[step] - resumed[step]) for step in both)
-    if len(both) != EXTRA_STEPS or difference > (GPU_TOLERANCE if count_gpus() else 0):
+    if len(both) != EXTRA_STEPS or difference > (GPU_TOLERANCE if has_gpu() else 0):
         raise SystemExit(f"The resumed run differs from the uninterrupted one by up to {difference}: see {method.save}/metrics.jsonl*.")
     print(f"Steps {both[0]} to {both[-1]} after the resume repeat the uninterrupted run's losses; largest difference: {difference:g}.")
 
 
 def devices(batch_size: int) -> list[str]:
     """As many processes as there are GPUs, or cores, and samples in a batch to share among them."""
-    present = count_gpus() or len(os.sched_getaffinity(0))
+    present = len(visible_gpus(os.environ)) or len(os.sched_getaffinity(0))
     ranks = max(count for count in range(1, present + 1) if batch_size % count == 0)
     return ["--set", f"num_gpus={ranks}", "--set", f"train_micro_batch_size_per_gpu={batch_size // ranks}"]
+
+
+def has_gpu() -> bool:
+    return bool(visible_gpus(os.environ))
 
 
 def finish(method: Method, settings: dict[str, int]) -> Run:
@@ -106,7 +110,7 @@ def finish(method: Method, settings: dict[str, int]) -> Run:
         f"Score {method.title} with lm-eval",
         *("-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={method.converted},trust_remote_code=True,dtype=float32"),
         *("--include_path", "configs/eval", "--tasks", ",".join(TASKS), "--batch_size", "8", "--output_path", scores),
-        *(("--device", "cpu") if not count_gpus() else ()),
+        *(("--device", "cpu") if not has_gpu() else ()),
         environment={"SEPLLM_EVAL_DATA": str(OUT / "eval"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
         quiet=True,
     )
@@ -135,7 +139,7 @@ def run(title: str, *command: object, environment: dict[str, str] | None = None,
     """Run one of this project's commands; leave if it fails. ``quiet`` shows what it writes to stderr only then."""
     words = [str(word) for word in command]
     print(f"\n=== {title}\n$ python {shlex.join(words)}", flush=True)
-    added = ({} if count_gpus() else {"DS_ACCELERATOR": "cpu"}) | (environment or {})
+    added = ({} if has_gpu() else {"DS_ACCELERATOR": "cpu"}) | (environment or {})
     errors = subprocess.PIPE if quiet else None
     done = subprocess.run([sys.executable, *words], env=os.environ | added, stderr=errors, text=True, cwd=ROOT, check=False)
     if done.returncode:
