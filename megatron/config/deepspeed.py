@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from megatron.config.schema import Config, PrecisionConfig
+from megatron.config.size import model_size
+
+BUCKET = 500_000_000
+"""DeepSpeed's own default of reduce_bucket_size, in numbers."""
 
 
 def deepspeed_config(config: Config) -> dict[str, object]:
@@ -15,7 +19,7 @@ def deepspeed_config(config: Config) -> dict[str, object]:
         "gradient_clipping": config.optimizer.gradient_clipping,
         "steps_per_print": config.logging.steps_per_print,
         "wall_clock_breakdown": config.logging.wall_clock_breakdown and not is_pipeline,
-        "zero_optimization": {**config.parallel.zero_optimization, "stage": config.parallel.zero_stage},
+        "zero_optimization": _zero(config),
     }
     if config.precision.fp32_allreduce:
         own["communication_data_type"] = "fp32"
@@ -25,6 +29,13 @@ def deepspeed_config(config: Config) -> dict[str, object]:
     passed_on = {key: value for key, value in config.deepspeed.items() if key not in ("fp16", "bf16")}
     precision = {name: {**block, **_members(config, name)} for name, block in _precision(config.precision).items()}
     return own | passed_on | precision | {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+
+
+def _zero(config: Config) -> dict[str, object]:
+    """ZeRO allocates its buckets whole, so that one never needs to be larger than the model."""
+    given, parameters = config.parallel.zero_optimization, model_size(config.model).total
+    bucket = {"reduce_bucket_size": min(BUCKET, parameters)} if config.parallel.zero_stage and parameters is not None else {}
+    return {**bucket, **given, "stage": config.parallel.zero_stage}
 
 
 def _members(config: Config, name: str) -> dict[str, object]:

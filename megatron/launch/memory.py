@@ -8,14 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron.config.deepspeed import BUCKET
 from megatron.config.keys import GATED_ACTIVATIONS
 from megatron.config.schema import Config
 from megatron.config.size import model_size
 
 _MOMENTS = {"sgd": 0, "lion": 1, "adagrad": 1}
 """fp32 numbers that an optimizer keeps for each parameter; those of the Adam family keep two."""
-_BUCKET, _MAX_LIVE, _PREFETCH = 500_000_000, 1_000_000_000, 50_000_000
-"""DeepSpeed's defaults of reduce_bucket_size, max_live_parameters and prefetch_bucket_size, in numbers."""
+_MAX_LIVE, _PREFETCH = 1_000_000_000, 50_000_000
+"""DeepSpeed's defaults of max_live_parameters and prefetch_bucket_size, in numbers."""
 FAR_SHARE = 0.25
 """Of the keys, that far columns are provided for: more than the separators of most texts."""
 
@@ -98,7 +99,9 @@ def gradient_shards(config: Config) -> int:
 
 def reduce_bucket_size(config: Config) -> int:
     """Gradients that DeepSpeed reduces at once, in numbers."""
-    return _BUCKET if config.parallel.zero_stage == 0 else _zero_number(config, "reduce_bucket_size", _BUCKET)
+    if config.parallel.zero_stage == 0:
+        return BUCKET
+    return _zero_number(config, "reduce_bucket_size", min(BUCKET, model_size(config.model).total or BUCKET))
 
 
 def live_parameters(config: Config, parameters: int) -> int:
@@ -153,7 +156,7 @@ def _communication(config: Config, parameters: int) -> list[MemoryPart]:
     parts = []
     if block.get("contiguous_gradients", True):
         size, count = reduce_bucket_size(config), 2 if block.get("overlap_comm", stage == 3) else 1
-        reason = f"{count} buckets of reduce_bucket_size ({size:,}) numbers, whatever the model's size"
+        reason = f"{count} buckets of reduce_bucket_size ({size:,}) numbers"
         parts.append(MemoryPart(name="buffers", num_bytes=size * count * number, reason=reason, moment="passes"))
     if stage == 3 and gradient_shards(config) > 1:
         gathered = live_parameters(config, parameters)

@@ -11,10 +11,13 @@ import pytest
 
 from megatron.config.deepspeed import deepspeed_config
 from megatron.config.loader import LoadedConfig
+from megatron.launch.memory import reduce_bucket_size
 
 Resolve = Callable[..., LoadedConfig]
 Mistakes = Callable[..., tuple[str, ...]]
 
+PARAMETERS = 4 * (4 * 64 * 64 + 4 * 64 + 8 * 64 * 64 + 5 * 64 + 4 * 64) + 512 * 64 + 2 * 64
+"""Of the fixtures' model: four layers of attention, MLP and two norms; tied embeddings; the last norm."""
 FP16: dict[str, object] = {
     "fp16": {
         "fp16": True,
@@ -50,7 +53,7 @@ def test_fp16_blocks_lose_the_members_that_deepspeed_refuses(resolve: Resolve) -
         "hysteresis": 2,
         "min_loss_scale": 1,
     }
-    assert config["zero_optimization"] == {"stage": 1, "allgather_bucket_size": 500000000, "overlap_comm": True}
+    assert config["zero_optimization"] == {"stage": 1, "allgather_bucket_size": 500000000, "overlap_comm": True, "reduce_bucket_size": PARAMETERS}
     assert config["activation_checkpointing"] == {"partition_activations": True, "synchronize_checkpoint_boundary": True}
     assert (config["train_batch_size"], config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (4, 2, 1)
     assert config["zero_allow_untested_optimizer"] is True
@@ -60,10 +63,20 @@ def test_fp16_blocks_lose_the_members_that_deepspeed_refuses(resolve: Resolve) -
 def test_bf16_offload_and_extra_arguments_pass_through(resolve: Resolve) -> None:
     config = deepspeed_config(resolve(BF16).config)
     assert config["bf16"] == {"enabled": True, "check_grad_overflow": False}
-    assert config["zero_optimization"] == {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    assert config["zero_optimization"] == {"stage": 2, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": PARAMETERS}
     assert config["flops_profiler"] == {"enabled": True}
     assert config["communication_data_type"] == "fp32"
     assert "fp16" not in config
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "given", "bucket"),
+    [(64, {}, PARAMETERS), (4096, {}, 500_000_000), (64, {"reduce_bucket_size": 1000}, 1000)],
+)
+def test_buckets_are_no_larger_than_the_model_unless_the_file_says_so(resolve: Resolve, hidden_size: int, given: dict[str, int], bucket: int) -> None:
+    loaded = resolve({"hidden-size": hidden_size, "zero_optimization": {"stage": 2, **given}})
+    assert deepspeed_config(loaded.config)["zero_optimization"] == {"stage": 2, "reduce_bucket_size": bucket}
+    assert reduce_bucket_size(loaded.config) == bucket
 
 
 def test_fp32_has_no_precision_block(resolve: Resolve) -> None:
