@@ -31,11 +31,14 @@ def deepspeed_config(config: Config) -> dict[str, object]:
     return own | passed_on | precision | {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
 
 
+def default_bucket(config: Config) -> int:
+    """reduce_bucket_size where the YAML has none, in numbers: ZeRO allocates its buckets whole, and none needs to be larger than the model."""
+    return min(BUCKET, model_size(config.model).total or BUCKET)
+
+
 def _zero(config: Config) -> dict[str, object]:
-    """ZeRO allocates its buckets whole, so that one never needs to be larger than the model."""
-    given, parameters = config.parallel.zero_optimization, model_size(config.model).total
-    bucket = {"reduce_bucket_size": min(BUCKET, parameters)} if config.parallel.zero_stage and parameters is not None else {}
-    return {**bucket, **given, "stage": config.parallel.zero_stage}
+    bucket = {"reduce_bucket_size": default_bucket(config)} if config.parallel.zero_stage else {}
+    return {**bucket, **config.parallel.zero_optimization, "stage": config.parallel.zero_stage}
 
 
 def _members(config: Config, name: str) -> dict[str, object]:

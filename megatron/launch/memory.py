@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron.config.deepspeed import BUCKET
+from megatron.config.deepspeed import BUCKET, default_bucket
 from megatron.config.keys import GATED_ACTIVATIONS
 from megatron.config.schema import Config
 from megatron.config.size import model_size
@@ -99,9 +99,7 @@ def gradient_shards(config: Config) -> int:
 
 def reduce_bucket_size(config: Config) -> int:
     """Gradients that DeepSpeed reduces at once, in numbers."""
-    if config.parallel.zero_stage == 0:
-        return BUCKET
-    return _zero_number(config, "reduce_bucket_size", min(BUCKET, model_size(config.model).total or BUCKET))
+    return BUCKET if config.parallel.zero_stage == 0 else _zero_number(config, "reduce_bucket_size", default_bucket(config))
 
 
 def live_parameters(config: Config, parameters: int) -> int:
