@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import os
-import shlex
 import socket
 import subprocess
 import sys
@@ -235,8 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
-    for path in report.save(result, arguments, "layouts"):
-        print(f"wrote {path}")
+    report.deliver(result, arguments, "layouts")
     if arguments.save:
         PAGE.write_text(with_overview(PAGE.read_text(encoding="utf-8"), result.body["rows"]), encoding="utf-8")  # type: ignore[arg-type]
         print(f"wrote {PAGE}")
@@ -252,10 +250,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="default: all")
     flags.add_argument("--precisions", nargs="+", default=list(LEAST), choices=list(LEAST), help="default: all")
     flags.add_argument("--steps", type=int, default=6)
-    flags.add_argument("--json", type=Path, metavar="FILE")
-    flags.add_argument("--save", action="store_true", help="write the result to benchmarks/results")
     flags.add_argument("--worker", nargs="+", type=Path, help=argparse.SUPPRESS)
-    return flags.parse_args(argv)
+    return report.parsed(flags, argv)
 
 
 def run(arguments: argparse.Namespace) -> tuple[report.Result, list[str]]:
@@ -277,8 +273,7 @@ def run(arguments: argparse.Namespace) -> tuple[report.Result, list[str]]:
     for row in rows:
         print(row.line, flush=True)
     machine = describe(torch.device("cpu"))
-    command = "python -m tools.bench.layouts " + shlex.join(sys.argv[1:])
-    header = {**machine.as_dict(), "command": command, "steps": arguments.steps, "samples a step": SAMPLES}
+    header = {**machine.as_dict(), "command": arguments.command, "steps": arguments.steps, "samples a step": SAMPLES}
     result = report.Result(
         header=header,
         body={"rows": [row.as_dict() for row in rows]},
