@@ -20,7 +20,7 @@ from megatron.config.schema import TrainingConfig
 
 Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 
-MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "add_")
+MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear_pointwise", "add_")
 """And the bias that DeepSpeed's linear of ZeRO 3 adds over a kept product: computed again, it would be added twice."""
 COLLECTIVES = ("all_reduce", "reduce_scatter_tensor")
 """Sums over the shards of a layer, which would be sent once more."""

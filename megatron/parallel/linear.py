@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from megatron.parallel.regions import TensorParallel, gather, joined_pieces, start_gather, start_sum, start_sum_cut, wait
+from sepllm.ops.linear import linear
 
 
 class ColumnLinear(nn.Linear):
@@ -40,7 +40,7 @@ class RowLinear(nn.Linear):
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x @ weight.T + bias`` of this shard's features."""
-        return functional.linear(x, self.weight, bias)
+        return linear(x, self.weight, bias)
 
 
 def column_product(x: Tensor, weight: Tensor, bias: Tensor | None, parallel: TensorParallel) -> Tensor:
@@ -50,7 +50,7 @@ def column_product(x: Tensor, weight: Tensor, bias: Tensor | None, parallel: Ten
     came: a cut sequence is gathered once more instead.
     """
     if parallel.size == 1:
-        return functional.linear(x, weight, bias)
+        return linear(x, weight, bias)
     product = _GatheredProduct if parallel.is_sequence_cut else _CopiedProduct
     return product.apply(x, weight, bias, parallel.group, parallel.size)
 
@@ -60,12 +60,12 @@ class _CopiedProduct(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, group: str, size: int) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, weight)
         ctx.group = group
-        return functional.linear(x, weight, bias)
+        return linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         x, weight = ctx.saved_tensors
-        of_input = start_sum(gradient @ weight, ctx.group)
+        of_input = start_sum(linear(gradient, weight.t()), ctx.group)
         of_weight, of_bias = _of_parameters(gradient, x, has_bias=ctx.needs_input_grad[2])
         return wait(of_input), of_weight, of_bias, None, None
 
@@ -75,13 +75,13 @@ class _GatheredProduct(torch.autograd.Function):
     def forward(ctx, piece: Tensor, weight: Tensor, bias: Tensor | None, group: str, size: int) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(piece, weight)
         ctx.group, ctx.size = group, size
-        return functional.linear(gather(piece, group, size), weight, bias)
+        return linear(gather(piece, group, size), weight, bias)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         piece, weight = ctx.saved_tensors
         gathered = start_gather(piece, ctx.group, ctx.size)
-        of_whole = gradient @ weight
+        of_whole = linear(gradient, weight.t())
         x = joined_pieces(wait(gathered))
         of_piece = start_sum_cut(of_whole, ctx.group, ctx.size)
         of_weight, of_bias = _of_parameters(gradient, x, has_bias=ctx.needs_input_grad[2])

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sepllm.ops import choice
+from sepllm.ops.linear import linear
 
 Approximate = Literal["tanh", "none"]
 
@@ -49,7 +50,7 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, approximate: 
     """
     _check(approximate)
     if torch.compiler.is_compiling():  # a compiler decides itself what to compute again
-        return functional.linear(bias_gelu(x, None, approximate=approximate), weight, bias)
+        return linear(bias_gelu(x, None, approximate=approximate), weight, bias)
     return _GeluLinear.apply(x, weight, bias, approximate)
 
 
@@ -58,7 +59,7 @@ class _GeluLinear(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, approximate: Approximate) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, weight)
         ctx.approximate = approximate
-        return functional.linear(bias_gelu(x, None, approximate=approximate), weight, bias)
+        return linear(bias_gelu(x, None, approximate=approximate), weight, bias)
 
     @staticmethod
     def backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
@@ -68,7 +69,7 @@ class _GeluLinear(torch.autograd.Function):
         rows = grad_out.flatten(0, -2)
         grad_bias = rows.sum(0) if wants_bias else None
         grad_weight = rows.t() @ bias_gelu(x, None, approximate=ctx.approximate).flatten(0, -2) if wants_weight else None
-        grad_x = _gelu_backward(grad_out @ weight, x, approximate=ctx.approximate) if wants_x else None
+        grad_x = _gelu_backward(linear(grad_out, weight.t()), x, approximate=ctx.approximate) if wants_x else None
         return grad_x, grad_weight, grad_bias, None
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from sepllm.ops import choice
 from sepllm.ops.cross_entropy import check_labels, reference_gradient, statistics, write_gradient_
+from sepllm.ops.linear import linear
 
 CHUNK = 512
 """Tokens of a chunk: enough for a matrix product at full rate, an eighth of the logits of a row of 4096."""
@@ -47,7 +47,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = hidden.new_zeros(())
         for first in range(0, len(hidden), chunk):
             part = slice(first, first + chunk)
-            logits, scales = functional.linear(hidden[part], weight), token_weights[part].to(hidden.dtype)
+            logits, scales = linear(hidden[part], weight), token_weights[part].to(hidden.dtype)
             of_rows = statistics(logits, labels[part])
             loss += torch.dot(of_rows.maximum - of_rows.target + of_rows.total.log(), scales)
             if not (wants_hidden or wants_weight):

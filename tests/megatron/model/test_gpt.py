@@ -24,6 +24,7 @@ from megatron.model.gpt import GPTModel, build_model, cross_entropy, parameter_c
 from megatron.model.init import initialise
 from megatron.model.recompute import Recompute
 from sepllm.layout import TokenLayout
+from sepllm.ops import linear
 from sepllm.pattern import AttentionPattern, SelfAdjust, Softmax, Standard
 
 MakeConfig = Callable[..., ModelConfig]
@@ -452,14 +453,19 @@ def test_activation_checkpointing_computes_the_blocks_again(make_config: MakeCon
 
 
 @pytest.mark.parametrize(("core", "attention"), [("auto", "sepllm.sep_attention.default"), ("chunked", "sepllm_attention_chunked.chunked.default")])
-def test_selective_checkpointing_computes_no_product_and_no_attention_again(core: str, attention: str, make_config: MakeConfig) -> None:
+@pytest.mark.parametrize("product", ["aten.addmm.default", "mkldnn._linear_pointwise.default"])
+def test_selective_checkpointing_computes_no_product_and_no_attention_again(
+    product: str, core: str, attention: str, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "SMALLEST", 0)
+    monkeypatch.setattr(linear, "_is_fast_here", lambda: product.startswith("mkldnn"))
     counts = {}
     for name, recompute in (("plain", None), ("selective", Recompute(num_layers=1, is_selective=True))):
         model, counter = random_model(make_config(), core=core, recompute=recompute), CountOperators()
         with counter:
             model.loss(random_batch(model.config)).backward()
         counts[name] = counter.counts
-    kept = ("aten.addmm.default", "aten.mm.default", attention, "sepllm.rotate_packed.default")
+    kept = (product, "aten.mm.default", attention, "sepllm.rotate_packed.default")
     assert all(counts["selective"][operator] == counts["plain"][operator] > 0 for operator in kept)
     layers, gelu = model.config.num_layers, "sepllm.bias_gelu.default"
     assert (counts["plain"][gelu], counts["selective"][gelu]) == (2 * layers, 3 * layers)
