@@ -61,9 +61,10 @@ def draw_whole(axes: Axes, name: str, trace: Trace) -> None:
 
 
 def draw_end(axes: Axes, name: str, trace: Trace, *, shown: int) -> None:
-    """The last steps, with a line at the mean."""
+    """The last steps, with a line at the mean: over all whole periods of the run, without any over these steps."""
     first = max(0, len(trace.sizes) - shown)
-    period, mean = trace.period(), trace.mean()
+    period = trace.period()
+    mean = Trace(sizes=trace.sizes[first:]).mean() if period is None else trace.mean()
     label = f"{name}: mean {mean:.1f}" + ("" if period is None else f", period {period:.1f} tokens")
     axes.plot(range(first + 1, len(trace.sizes) + 1), trace.sizes[first:], color=COLOURS[name], lw=1.2, label=label)
     axes.axhline(mean, color=COLOURS[name], lw=0.8, ls="--")

@@ -21,6 +21,8 @@ BLOCK = 64
 """Tokens between two looks at the device, at the clock and at the memory."""
 STATE, LOSSES, STORED = "state.pt", "log.txt", "kv.txt"
 """Files of a stream: where to go on; the negative log-likelihood of each token; how many tokens were stored after it was read."""
+FORMAT = "2"
+"""Of the state: a later one has another number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,11 +74,11 @@ class Stream:
     """A text under one method, from where its folder says that it was left. The model has an attachment (`sepllm.hf.attach`)."""
 
     def __init__(self, model: PreTrainedModel, method: Method, folder: Path, *, identity: Mapping[str, str], save_every: int = 10_000) -> None:
-        """``identity``: what a run must have in common with the one that it continues, the method aside. ``save_every``: in tokens."""
+        """``identity``: what a run must have in common with the one that it continues, method and format aside. ``save_every``: in tokens."""
         if save_every < 1:
             raise ValueError(f"save_every is {save_every}: it counts tokens and must be 1 or more.")
         self.model, self.method, self.folder, self.save_every = model, method, folder, save_every
-        self.identity = {**identity, "method": repr(method)}
+        self.identity = {**identity, "method": repr(method), f"format of {STATE}": FORMAT}
         self.device = model.device
         self.cache = StreamCache(method, num_layers=model.get_decoder().config.num_hidden_layers)
         self.tally = Tally()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from array import array
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -23,6 +25,7 @@ from sepllm.streaming import Method, Stream, StreamCache
 from sepllm.streaming import __main__ as command
 from sepllm.streaming import stream as module
 from sepllm.streaming.model import as_gpt_neox, separator_ids
+from sepllm.streaming.picture import draw_end
 from sepllm.streaming.report import Trace, result_of
 from sepllm.streaming.stream import LOSSES, STORED
 from sepllm.streaming.text import texts_in, token_pairs
@@ -219,11 +222,15 @@ def test_a_saving_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch: 
     assert Stream(model, SEPLLM, tmp_path, identity={}).tally.num_tokens == 40
 
 
-def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+def test_a_folder_of_another_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text, model = random_text(31), make_model("llama", torch.float32)
     streamed(model, SEPLLM, tmp_path, text)
     with pytest.raises(ValueError, match=r"holds a run with method .* use another --output_dir"):
         Stream(model, STREAMING, tmp_path, identity={})
+    monkeypatch.setattr(module, "FORMAT", "3")
+    with pytest.raises(ValueError, match=r"format of state.pt 2, not 3: use another --output_dir, or --restart"):
+        Stream(model, SEPLLM, tmp_path, identity={})
+    monkeypatch.undo()
     with pytest.raises(ValueError, match="model None, not other"):
         Stream(model, SEPLLM, tmp_path, identity={"model": "other"})
     with pytest.raises(ValueError, match=r"holds 30 tokens already, more than num_eval_tokens \(20\)"):
@@ -256,6 +263,13 @@ def test_a_constant_size_has_no_period(tmp_path: Path) -> None:
     trace = Trace.read(tmp_path)
     assert trace.period() is None
     assert set(trace.sizes[STREAMING.total :]) == {STREAMING.total}
+
+
+def test_the_picture_gives_a_constant_size_the_mean_that_it_shows() -> None:
+    axes = Figure().add_subplot()
+    draw_end(axes, "streamingllm", Trace(sizes=array("q", [*range(1, 25), *[24] * 40])), shown=20)
+    (label,) = axes.get_legend_handles_labels()[1]
+    assert label == "streamingllm: mean 24.0"
 
 
 def test_methods_refuse_sizes_that_do_not_fit() -> None:
