@@ -35,7 +35,8 @@ SMALLEST_HEAD = 16
 """Below this head size flex_attention has no CUDA kernel; such heads are filled up with zeros."""
 
 COMPILATIONS = 64
-"""Shapes (after bucketing) that one process may compile for inference. torch's own limit of 8 is soon used up by prompts of all lengths."""
+"""Shapes (after bucketing) that one process may compile, for training and for inference each. torch's own limit of 8 is soon used up: by prompts
+of all lengths, and in training by windows, far capacities and the rows of an evaluation."""
 
 _COMPILES_FOR_CPU = torch.backends.cpu.get_cpu_capability().startswith("AVX") and sys.platform != "darwin"
 
@@ -65,9 +66,9 @@ def attention(
     prepared: _Prepared = ranges.derived["flex"]
     if torch.compiler.is_compiling():
         return _attention(q, k, v, prepared, scale, bias, _kernel)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _training()(q, k, v, prepared, scale, bias, _kernel)
     with torch._dynamo.config.patch(recompile_limit=COMPILATIONS):
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            return _training()(q, k, v, prepared, scale, bias, _kernel)
         return _attention(q, k, v, prepared, scale, bias, _inference())
 
 

@@ -398,6 +398,20 @@ def test_more_lengths_may_be_compiled_than_torch_allows_by_default(monkeypatch: 
         assert_outputs_are_right(TokenLayout.from_ids(ragged_ids(length), AttentionPattern(separator_ids=SEPARATORS, windows=(9,))).ranges(0))
 
 
+@pytest.mark.usefixtures("_dense_operator")
+def test_training_may_compile_more_lengths_than_torch_allows_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = torch.compile(flex._attention, fullgraph=True, dynamic=False, backend="eager")
+    monkeypatch.setattr(flex, "_training", lambda: compiled)
+    monkeypatch.setitem(flex.BLOCK, "cpu", 4)
+    for length in range(4, 4 * (torch._dynamo.config.recompile_limit + 2), 4):
+        layout = TokenLayout.from_ids(ragged_ids(length), AttentionPattern(separator_ids=SEPARATORS, windows=(9,)))
+        ranges = layout.ranges(0)
+        flex.prepare(ranges)
+        leaves = [x.requires_grad_() for x in random_inputs(length, length, dtype=torch.float64)]
+        out = flex.attention(*leaves, ranges, scale=0.35, softmax=layout.pattern.softmax, bias=None, dropout=0.0)
+        torch.testing.assert_close(out, attend(*leaves, ranges, scale=0.35, core="dense"), rtol=1e-9, atol=1e-10)
+
+
 @needs_compiler
 def test_it_works_inside_a_compiled_function() -> None:
     @torch.compile(fullgraph=True)
