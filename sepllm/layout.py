@@ -107,16 +107,16 @@ class KeyRanges:
         return band | (reads > 0)
 
     def to(self, device: torch.device | str) -> KeyRanges:
-        """The same ranges on another device (the copy does not wait for it)."""
+        """The same ranges on another device (the copy does not wait for it, except on the way to the CPU)."""
         is_here, stays_here = self.index.device.type == "cpu", torch.device(device).type == "cpu"
         return replace(
             self,
-            index=self.index.to(device, non_blocking=True),
-            far_lo=self.far_lo.to(device, non_blocking=True),
-            far_hi=self.far_hi.to(device, non_blocking=True),
-            band_lo=self.band_lo.to(device, non_blocking=True),
-            band_hi=self.band_hi.to(device, non_blocking=True),
-            extremes=self.extremes and (self.extremes[0].to(device, non_blocking=True), self.extremes[1].to(device, non_blocking=True)),
+            index=_moved(self.index, device),
+            far_lo=_moved(self.far_lo, device),
+            far_hi=_moved(self.far_hi, device),
+            band_lo=_moved(self.band_lo, device),
+            band_hi=_moved(self.band_hi, device),
+            extremes=self.extremes and (_moved(self.extremes[0], device), _moved(self.extremes[1], device)),
             host=None if stays_here else self if is_here else self.host,
             derived={},
         )
@@ -442,8 +442,8 @@ class TokenLayout:
         return replace(self._map(lambda tensor: tensor[:, :length]), num_queries=min(self.num_queries, length))
 
     def to(self, device: torch.device | str) -> TokenLayout:
-        """The same layout, ranges made so far included, on another device (the copy does not wait for it)."""
-        moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        """The same layout, ranges made so far included, on another device (the copy does not wait for it, except on the way to the CPU)."""
+        moved = self._map(lambda tensor: _moved(tensor, device))
         return replace(moved, _ranges={wanted: ranges.to(device) for wanted, ranges in self._ranges.items()})
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> TokenLayout:
@@ -528,6 +528,11 @@ def _document_starts(ids: Tensor, is_text: Tensor, columns: Tensor, *, document_
 def _one_before(x: Tensor, first: Tensor) -> Tensor:
     """For each column what stands one column before it: ``first [B, 1]`` before the first. ``[B, T]``"""
     return torch.cat([first, x[:, :-1]], 1)[:, : x.shape[1]]
+
+
+def _moved(x: Tensor, device: torch.device | str) -> Tensor:
+    """``x`` on the device. A copy to the CPU is waited for: torch would hand it out before it is there."""
+    return x.to(device, non_blocking=torch.device(device).type != "cpu")
 
 
 def _columns(start: int, count: int, device: torch.device) -> Tensor:

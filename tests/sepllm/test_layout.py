@@ -394,6 +394,22 @@ def test_batches_of_one_density_have_one_shape_and_patterns_without_far_keys_no_
     assert TokenLayout.from_ids(nothing_far, AttentionPattern(separator_ids=SEPARATORS, windows=(16,))).ranges(0).index.shape == (2, 128)
 
 
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_copies_to_the_cpu_are_waited_for_and_others_are_not(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch gives out a copy to the CPU that it was told not to wait for before its numbers are there."""
+    layout = TokenLayout.from_ids(torch.ones(1, 8, dtype=torch.int64), AttentionPattern(windows=(2, 3)))
+    layout.ranges(0)
+    waits = set()
+
+    def to(tensor: Tensor, _device: str, *, non_blocking: bool = False) -> Tensor:
+        waits.add(not non_blocking)
+        return tensor
+
+    monkeypatch.setattr(Tensor, "to", to)
+    layout.to(device)
+    assert waits == {device == "cpu"}
+
+
 def test_ranges_remember_the_cpu_they_came_from() -> None:
     layout = TokenLayout.from_ids(torch.ones(1, 8, dtype=torch.int64), AttentionPattern(windows=(2, 3)))
     here = layout.ranges(0)
