@@ -21,6 +21,7 @@ from typing import Protocol, cast
 
 import torch
 from torch import Tensor
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from megatron.config.schema import Config
@@ -54,6 +55,8 @@ class Event(Protocol):
     """What is read of a profiler's event: an operator, a node of the backward, or a Python function."""
 
     name: str
+    device_type: DeviceType
+    """CPU, except for a kernel or a copy of a GPU, whose time the operator that started it has too."""
     sequence_nr: int
     """Ties a node of the backward to the forward operator that made it; below 0: neither."""
     scope: int
@@ -170,7 +173,7 @@ def profile_of(arm: Arm, config: Config, text: Tensor, device: torch.device, *, 
 
 def summed(events: Iterable[Event], *, steps: int, is_cuda: bool = False) -> tuple[Operator, ...]:
     """Own time of every operator, by part, the most expensive first. On a GPU it is that of the kernels it started."""
-    events = [event for event in events if not _is_outermost(event)]
+    events = [event for event in events if event.device_type == DeviceType.CPU and not _is_outermost(event)]
     made_by = {event.sequence_nr: event for event in events if event.sequence_nr >= 0 and not _is_node(event)}  # the last one made the node
     times: dict[tuple[str, str], list[float]] = defaultdict(list)
     for event in events:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._C._autograd import DeviceType
 
 from tools.bench import profile_step
 from tools.bench.arms import ALL_ARMS, config_of
@@ -51,6 +52,8 @@ def test_operator_belongs_to_the_part_whose_work_it_does(names: tuple[str, ...],
 class Recorded:
     name: str
     self_cpu_time_total: float
+    self_device_time_total: float = 0.0
+    device_type: DeviceType = DeviceType.CPU
     sequence_nr: int = -1
     scope: int = 0
     stack: list[str] = field(default_factory=list)
@@ -64,6 +67,14 @@ def test_backward_of_an_operator_belongs_to_the_part_of_its_forward() -> None:
     elsewhere = Recorded("aten::mul", 1.0, sequence_nr=8, stack=["megatron/model/block.py(34): forward"])
     found = {(operator.name, operator.part): operator.ms for operator in summed([forward, elsewhere, node, inside], steps=1)}
     assert found == {("aten::mul", "rotary"): 0.015, ("MulBackward0", "rotary"): 0.002, ("aten::mul", "rest"): 0.001}
+
+
+def test_kernels_of_a_gpu_count_once_with_the_operator_that_started_them() -> None:
+    """The profiler lists each of them too, as an event of the device."""
+    product = Recorded("aten::mm", 3.0, self_device_time_total=40.0)
+    kernel = Recorded("sm90_xmma_gemm_bf16", 0.0, self_device_time_total=40.0, device_type=DeviceType.CUDA)
+    (found,) = summed([product, kernel], steps=1, is_cuda=True)
+    assert (found.name, found.part, found.ms) == ("aten::mm", "matrix products", 0.04)
 
 
 @pytest.mark.parametrize("arm", ["sepllm", "full", "transformers"])
