@@ -4,7 +4,8 @@
 
 Every core computes the same calls in turn: training steps and prompts of all lengths, windows small and near the length, one or a few tokens
 over a cache, and the self-adjust softmax, whose usual form is that of `dense`. A case where `auto` takes a core more than a quarter
-slower than the best one is marked and makes the exit status 1.
+slower than the best one is marked and makes the exit status 1. On a GPU the time of decoding counts from the call and not from the first
+kernel: there is nothing else for the device to do meanwhile.
 """
 
 from __future__ import annotations
@@ -45,10 +46,15 @@ class Case:
     softmax: Softmax = Standard()
 
     def __str__(self) -> str:
-        kind = "training" if self.has_backward else "prompt" if self.queries == self.keys else "decoding"
+        kind = "training" if self.has_backward else "decoding" if self.is_decoding else "prompt"
         window = "full" if self.window == UNBOUNDED else f"n = {self.window}"
         softmax = f", {self.softmax_name} self-adjust" if isinstance(self.softmax, SelfAdjust) else ""
         return f"{kind}, {self.batch} x {self.queries} over {self.keys}, {window}{softmax}"
+
+    @property
+    def is_decoding(self) -> bool:
+        """Over a cache: a few tokens, then whatever chooses the next ones."""
+        return self.queries < self.keys
 
     @property
     def softmax_name(self) -> str:
@@ -82,6 +88,8 @@ class Verdict:
     chosen: str
     behind: Ratio
     """Time of the chosen core over that of the fastest, round by round."""
+    failures: tuple[str, ...] = ()
+    """Of cores that ought to compute the case."""
 
     @property
     def fastest(self) -> str:
@@ -113,19 +121,19 @@ def main(argv: Sequence[str] | None = None, *, cases: Sequence[Case] = CASES) ->
     torch.set_num_threads(arguments.threads)
     machine, text = describe(device), chosen_stream(arguments)
     verdicts = [judge(case, dtype, text, device, rounds=arguments.rounds, cores=arguments.cores) for dtype in arguments.dtype for case in cases]
-    table = table_of(verdicts, arguments.cores)
-    print(table.text())
+    table, failures = table_of(verdicts, arguments.cores), [failure for verdict in verdicts for failure in verdict.failures]
+    print(table.text(), *failures, sep="\n")
     title = f"Attention cores in {' and '.join(arguments.dtype)}: {machine.title()}"
     result = report.Result(
         header={**machine.as_dict(), "command": arguments.command, "text": text.name},
         body={"rows": [verdict.as_dict() for verdict in verdicts]},
         tables=[table],
-        notes=[],
+        notes=[failure.partition("\n")[0] for failure in failures],
         title=title,
         picture=None,
     )
     report.deliver(result, arguments, "cores", *arguments.dtype)
-    return 1 if any(verdict.is_bad for verdict in verdicts) else 0
+    return 1 if failures or any(verdict.is_bad for verdict in verdicts) else 0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -143,20 +151,30 @@ def judge(case: Case, dtype: str, text: TokenStream, device: torch.device, *, ro
     """Times of the cores on one case, and how far behind the best one `auto` is."""
     ranges, inputs = ranges_of(case, text).to(device), inputs_of(case, DTYPES[dtype], device)
     spec = spec_of(inputs.q, ranges, softmax=case.softmax, needs_grad=case.has_backward)
-    watch = Stopwatch(device)
+    watch = Stopwatch(device, hides_launching=not case.is_decoding)
     calls: dict[str, Callable[[], Elapsed]] = {}
+    failures: dict[str, str] = {}
     for core in cores:
         try:
             prepare(ranges, spec, core)
         except ValueError:  # the core says that it cannot compute this
             continue
         attention = partial(attend, ranges=ranges, scale=HEAD_SIZE**-0.5, softmax=case.softmax, core=core)
-        calls[core] = partial(watch.time, attention, inputs, has_backward=case.has_backward)
-    interleave(calls, rounds=2)
+        call = partial(watch.time, attention, inputs, has_backward=case.has_backward)
+        try:
+            call()
+        except Exception as error:  # whatever it raises is this core's failure, and the others go on
+            failures[core] = f"{case}, {dtype}: {core} failed: {error}"
+        else:
+            calls[core] = call
+    interleave(calls, rounds=1)
     seconds = {core: [one.total_s or one.forward_s for one in elapsed] for core, elapsed in interleave(calls, rounds=rounds).items()}
     ms = {core: 1e3 * sorted(times)[len(times) // 2] for core, times in seconds.items()}
     chosen = choose_core(spec)
-    return Verdict(case=case, dtype=dtype, ms=ms, chosen=chosen, behind=Ratio.of(seconds[chosen], seconds[min(ms, key=ms.__getitem__)]))
+    if chosen in failures:
+        raise ValueError(f"auto takes a core that cannot run. {failures[chosen]}")
+    behind = Ratio.of(seconds[chosen], seconds[min(ms, key=ms.__getitem__)])
+    return Verdict(case=case, dtype=dtype, ms=ms, chosen=chosen, behind=behind, failures=tuple(failures.values()))
 
 
 def ranges_of(case: Case, text: TokenStream) -> KeyRanges:

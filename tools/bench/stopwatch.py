@@ -24,8 +24,9 @@ class Elapsed:
 
 
 class Stopwatch:
-    def __init__(self, device: torch.device) -> None:
-        self._is_cuda = device.type == "cuda"
+    def __init__(self, device: torch.device, *, hides_launching: bool = True) -> None:
+        """``hides_launching``: a GPU gets a call when all its kernels are (about) launched; else it waits for each of them."""
+        self._is_cuda, self._hides_launching = device.type == "cuda", hides_launching
         self._flushed = torch.empty(FLUSH_BYTES if self._is_cuda else 0, dtype=torch.int8, device=device)
 
     def time(self, attention: Attention, inputs: Inputs, *, has_backward: bool) -> Elapsed:
@@ -52,7 +53,7 @@ class Stopwatch:
             return time.perf_counter()
         if is_first:
             self._flushed.zero_()
-            torch.cuda._sleep(HEAD_START_CYCLES)
+            torch.cuda._sleep(HEAD_START_CYCLES) if self._hides_launching else torch.cuda.synchronize()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event

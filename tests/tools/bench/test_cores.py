@@ -33,6 +33,20 @@ def test_every_core_that_can_is_timed_and_the_choice_is_among_them(case: Case) -
     assert verdict.ms[verdict.fastest] == min(verdict.ms.values())
 
 
+def test_core_that_fails_is_named_and_the_others_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = cores.attend
+
+    def attend(*tensors: torch.Tensor, core: str, **others: object) -> torch.Tensor:
+        if core == "chunked":
+            raise RuntimeError("no kernel image is available")
+        return computed(*tensors, core=core, **others)
+
+    monkeypatch.setattr(cores, "attend", attend)
+    verdict = judge(SMALL[0], "fp32", TEXT, torch.device("cpu"), rounds=2, cores=("native", "chunked", "dense"))
+    assert set(verdict.ms) == {"native", "dense"}
+    assert verdict.failures == ("training, 1 x 40 over 40, n = 8, fp32: chunked failed: no kernel image is available",)
+
+
 def test_decoding_ranges_are_those_of_the_last_tokens() -> None:
     ranges = ranges_of(SMALL[1], TEXT)
     assert (ranges.band_lo.shape, ranges.num_keys) == ((2, 3), 40)
