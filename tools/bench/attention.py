@@ -24,7 +24,7 @@ from tools.bench.measure import Ratio, interleave, rounds_for
 from tools.bench.problem import Problem
 from tools.bench.rows import Pass, Row, Text, Timings, panels_of, rows_of, table_of
 from tools.bench.stopwatch import Elapsed, Stopwatch
-from tools.bench.text import TokenStream, add_text_flags, chosen_stream
+from tools.bench.text import TokenStream, add_text_flags, chosen_stream, usual_rows
 from tools.bench.variants import Variant, variants
 
 CAUSAL_DTYPES = ("fp32", "bf16")
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None, *, known: Callable[[torch.device], S
     try:
         for result, failures_so_far in results(arguments, known(torch.device(arguments.device))):
             failures = failures_so_far
-            written = report.save(result, arguments, "attention", *arguments.dtype)
+            written = report.save(result, arguments, "attention", *arguments.dtype, *report.lengths(arguments))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
@@ -141,7 +141,7 @@ def run_length(arguments: argparse.Namespace, stream: TokenStream, known: Sequen
 
 def problem_of(arguments: argparse.Namespace, stream: TokenStream, length: int) -> Problem:
     is_cuda = arguments.device.startswith("cuda")
-    batch = max(1, 16384 // length) if is_cuda else 2 if length <= 2048 else 1
+    batch = usual_rows(length, arguments.device) if is_cuda else 2 if length <= 2048 else 1
     heads = 12 if is_cuda else 4 if length <= 4096 else 2 if length < 32768 else 1
     return Problem.of_text(
         stream,

@@ -28,7 +28,7 @@ from megatron.config.schema import Config
 from tools.bench import report
 from tools.bench.arms import ALL_ARMS, PRECISIONS, PYTHIA_VOCAB, Arm, Trainee, config_of, refusal
 from tools.bench.machine import describe, memory_bytes
-from tools.bench.text import add_text_flags, chosen_stream
+from tools.bench.text import add_text_flags, chosen_stream, usual_rows
 from tools.command import exit_status
 
 RULES = (
@@ -108,7 +108,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags = argparse.ArgumentParser(prog="tools.bench.profile_step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--model", default="160m", help="a size of configs/size/ (default: %(default)s)")
     flags.add_argument("--seq-length", type=int, default=2048, metavar="S")
-    flags.add_argument("--batch", type=int, default=1, help="rows of a step (default: %(default)s)")
+    flags.add_argument("--batch", type=int, help="rows of a step (default: 1; on a GPU as many as make 16384 tokens)")
     flags.add_argument("--window", type=int, default=64, help="n, the nearest keys that a query reads (default: %(default)s)")
     flags.add_argument("--dtype", choices=PRECISIONS, default="fp32", help="(default: %(default)s)")
     flags.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
@@ -123,20 +123,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> report.Result:
     device = torch.device(arguments.device)
     machine, stream = describe(device), chosen_stream(arguments)
+    batch = arguments.batch or usual_rows(arguments.seq_length, arguments.device)
     config = config_of(
         arguments.model,
         length=arguments.seq_length,
         window=arguments.window,
-        batch=arguments.batch,
+        batch=batch,
         dtype=arguments.dtype,
         separator_ids=stream.separator_ids,
         vocab_size=PYTHIA_VOCAB,
         device=arguments.device,
     )
-    text = stream.rows(arguments.batch, arguments.seq_length + 1, target=arguments.density_target)
+    text = stream.rows(batch, arguments.seq_length + 1, target=arguments.density_target)
     profiles, notes = [], []
     for arm in (ALL_ARMS[name] for name in arguments.arms):
-        reason = refusal(arm, config, batch=arguments.batch, memory_bytes=memory_bytes(device))
+        reason = refusal(arm, config, batch=batch, memory_bytes=memory_bytes(device))
         if reason is None:
             profiles.append(profile_of(arm, config, text, device, steps=arguments.steps))
         else:

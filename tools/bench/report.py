@@ -112,6 +112,11 @@ def save(result: Result, arguments: argparse.Namespace, *words: str) -> list[Pat
     return write(result, json_path=arguments.json, png_path=getattr(arguments, "png", None), save_as=save_as)
 
 
+def lengths(arguments: argparse.Namespace) -> list[str]:
+    """What a saved name says of ``--seq-lengths``: runs of other lengths are other files."""
+    return [f"s{length}" for length in arguments.seq_lengths]
+
+
 def deliver(result: Result, arguments: argparse.Namespace, *words: str) -> None:
     """As `save`, and says what was written."""
     for path in save(result, arguments, *words):

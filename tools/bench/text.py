@@ -20,6 +20,8 @@ from torch import Tensor
 DENSITY = 0.16
 """Share of separators that a benchmark's text is chosen for: a web mix's, by the Pythia tokenizer; prose has less, wrapped lines more."""
 DEMO_FOLDER = Path("data/demo")
+GPU_TOKENS = 16384
+"""Of a call or a step on a GPU; with fewer, launching kernels would be what is measured."""
 PIECE = 256
 """Tokens in a row from one source before the other may take over."""
 PYTHIA_SEPARATORS = (15, 13, 32, 2, 28, 27, 209, 186, 187)
@@ -60,6 +62,11 @@ class TokenStream:
                 f"{target} +- {tolerance} of them, but {count} are needed: give another --density-target, or --tokens."
             )
         return torch.from_numpy(np.stack([self.ids[start : start + length] for start in chosen]))
+
+
+def usual_rows(length: int, device: str) -> int:
+    """Rows of ``length`` tokens that a training step takes where nobody says how many: one, on a GPU as many as make `GPU_TOKENS`."""
+    return max(1, GPU_TOKENS // length) if device.startswith("cuda") else 1
 
 
 def add_text_flags(flags: argparse.ArgumentParser) -> None:

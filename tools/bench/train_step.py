@@ -31,7 +31,7 @@ from tools.bench.machine import describe, gemm_tflops, memory_bytes
 from tools.bench.measure import interleave, rounds_for
 from tools.bench.parity import compare
 from tools.bench.step_rows import Row, panels_of, reached, row_of, table_of
-from tools.bench.text import TokenStream, add_text_flags, chosen_stream
+from tools.bench.text import TokenStream, add_text_flags, chosen_stream, usual_rows
 from tools.bench.turns import Assignment, Check, Worker
 
 AGREEMENT = {"fp32": 1e-4, "bf16": 5e-2}
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     engine = ("deepspeed",) if arguments.engine == "deepspeed" and not arguments.parity else ()
-    report.deliver(result, arguments, kind, arguments.model, arguments.dtype, *engine)
+    report.deliver(result, arguments, kind, arguments.model, arguments.dtype, *engine, *report.lengths(arguments))
     for failure in failures:
         print(f"WRONG, and therefore without a row: {failure}", file=sys.stderr)
     return 1 if failures else 0
@@ -58,7 +58,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags = argparse.ArgumentParser(prog="tools.bench.train_step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--model", default="160m", help="a size of configs/size/ (default: %(default)s)")
     flags.add_argument("--seq-lengths", type=int, nargs="+", default=[2048], metavar="S")
-    flags.add_argument("--batch", type=int, default=1, help="rows of a step (default: %(default)s)")
+    flags.add_argument("--batch", type=int, help="rows of a step (default: 1; on a GPU as many as make 16384 tokens)")
     flags.add_argument("--window", type=int, default=64, help="n, the nearest keys that a query reads (default: %(default)s)")
     flags.add_argument("--dtype", choices=PRECISIONS, default="fp32", help="bf16 has float32 masters (default: %(default)s)")
     flags.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
@@ -98,7 +98,7 @@ def run(arguments: argparse.Namespace) -> tuple[report.Result, str, list[str]]:
         header={**machine.as_dict(), **facts},
         body={"rows": [asdict(row) for row in rows]},
         tables=tables,
-        notes=[*notes, *(f"wrong: {failure}" for failure in failures)],
+        notes=[*notes, *(f"wrong: {failure.partition(chr(10))[0]}" for failure in failures)],
         title=title,
         picture=partial(report.draw, panels_of(rows), title),
     )
@@ -114,6 +114,7 @@ def run_length(arguments: argparse.Namespace, stream: TokenStream, length: int, 
     with ExitStack() as stack:
         workers = {arm.name: stack.enter_context(Worker(task(arm=arm))) for arm in arms}
         failures = wrong_arms(arms, workers, {pattern: portable(task, pattern) for pattern in dict.fromkeys(arm.pattern for arm in arms)}, arguments)
+        failures |= failing_arms([arm for arm in arms if arm.name not in failures], workers)
         arms = [arm for arm in arms if arm.name not in failures]
         if not arms:
             raise ValueError("\n".join(["Every arm is wrong.", *failures.values()]))
@@ -130,7 +131,7 @@ def admitted(arguments: argparse.Namespace, config: Config, length: int) -> tupl
     """The arms that were asked for and can run, and why the others cannot."""
     wanted = [ALL_ARMS[name] for name in arguments.arms]
     memory = memory_bytes(torch.device(arguments.device))
-    reasons = {arm.name: refusal(arm, config, batch=arguments.batch, memory_bytes=memory) for arm in wanted}
+    reasons = {arm.name: refusal(arm, config, batch=batch_of(arguments, length), memory_bytes=memory) for arm in wanted}
     notes = [f"{name} does not run: {reason}" for name, reason in reasons.items() if reason is not None]
     arms = [arm for arm in wanted if reasons[arm.name] is None]
     if not arms:
@@ -146,11 +147,15 @@ def portable(task: Callable[..., Assignment], pattern: Literal["full", "sepllm"]
 
 
 def wrong_arms(arms: Sequence[Arm], workers: Mapping[str, Worker], wanted: Mapping[str, Check], arguments: argparse.Namespace) -> dict[str, str]:
-    """What is wrong with whom: a loss or a gradient away from the portable core's."""
+    """What is wrong with whom: a loss or a gradient away from the portable core's, or none at all."""
     limit = AGREEMENT[arguments.dtype]
     failures = {}
     for arm in arms:
-        found, right = workers[arm.name].check(), wanted[arm.pattern]
+        try:
+            found, right = workers[arm.name].check(), wanted[arm.pattern]
+        except ValueError as error:
+            failures[arm.name] = str(error)
+            continue
         apart = abs(found.loss - right.loss)
         off = float(np.linalg.norm(found.gradient - right.gradient) / np.linalg.norm(right.gradient))
         if not (apart <= limit and off <= limit):
@@ -158,9 +163,19 @@ def wrong_arms(arms: Sequence[Arm], workers: Mapping[str, Worker], wanted: Mappi
     return failures
 
 
+def failing_arms(arms: Sequence[Arm], workers: Mapping[str, Worker]) -> dict[str, str]:
+    """Why an arm cannot take a step, of those that cannot. This step, in which optimizers and compiled code are made, does not count."""
+    failures = {}
+    for arm in arms:
+        try:
+            workers[arm.name].step()
+        except ValueError as error:
+            failures[arm.name] = str(error)
+    return failures
+
+
 def time_arms(calls: Mapping[str, Callable[[], StepTime]], *, steps: int | None, budget_s: float) -> dict[str, list[StepTime]]:
-    """The arms in turns, one step each. The first round, in which optimizers and compiled code are made, does not count."""
-    interleave(calls, rounds=1)
+    """The arms in turns, one step each."""
     steps = steps or rounds_for(lambda: interleave(calls, rounds=1), budget_s=budget_s, fewest=FEWEST_ROUNDS)
     return interleave(calls, rounds=steps)
 
@@ -170,7 +185,8 @@ def compare_losses(arguments: argparse.Namespace) -> tuple[report.Result, str, l
     device = checked_device(arguments)
     stream, length = chosen_stream(arguments), arguments.seq_lengths[0]
     config = config_for(arguments, stream, length, vocab_size=int(stream.ids.max()) + 1)
-    text = stream.rows(arguments.parity * arguments.batch, length + 1, target=None).view(arguments.parity, arguments.batch, length + 1)
+    batch = batch_of(arguments, length)
+    text = stream.rows(arguments.parity * batch, length + 1, target=None).view(arguments.parity, batch, length + 1)
     result, failures = compare(config, text, device, model=arguments.model, facts={"command": arguments.command, "text": stream.name})
     print("", *(table.text() for table in result.tables), sep="\n")
     return result, "parity", failures
@@ -187,7 +203,7 @@ def config_for(arguments: argparse.Namespace, stream: TokenStream, length: int, 
         arguments.model,
         length=length,
         window=arguments.window,
-        batch=arguments.batch,
+        batch=batch_of(arguments, length),
         dtype=arguments.dtype,
         separator_ids=stream.separator_ids,
         vocab_size=vocab_size,
@@ -196,7 +212,11 @@ def config_for(arguments: argparse.Namespace, stream: TokenStream, length: int, 
 
 
 def text_rows(arguments: argparse.Namespace, stream: TokenStream, length: int) -> Tensor:
-    return stream.rows(arguments.batch, length + 1, target=arguments.density_target)
+    return stream.rows(batch_of(arguments, length), length + 1, target=arguments.density_target)
+
+
+def batch_of(arguments: argparse.Namespace, length: int) -> int:
+    return arguments.batch or usual_rows(length, arguments.device)
 
 
 if __name__ == "__main__":

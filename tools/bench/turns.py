@@ -86,7 +86,7 @@ class Worker:
             self._process.join()
             raise ValueError(f"{self.name} ended with status {self._process.exitcode} (-9 is lack of memory: give fewer --arms at once).") from None
         if isinstance(answer, str):
-            raise ValueError(f"{self.name} failed.\n{answer}")
+            raise ValueError(f"{self.name} failed: {answer.strip().splitlines()[-1]}\n{answer}")
         return answer
 
 
@@ -107,6 +107,8 @@ def serve(connection: Connection, assignment: Assignment) -> None:
             answer = answers[question]()
         except Exception:
             answer = traceback.format_exc()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what torch keeps for the next turn, the others may have until then
         connection.send(answer)
     os._exit(0)  # DeepSpeed's destructors have nothing to save
 
@@ -127,12 +129,9 @@ def _answers(assignment: Assignment, device: torch.device) -> dict[str, Callable
         return Check(loss=loss, gradient=gradient.numpy())
 
     def step() -> StepTime:
-        if device.type == "cpu":
-            return trainee.step(text)
-        trainee.step(text)  # fills torch's cache of memory again, which it lends to the others between turns
-        time = trainee.step(text)
-        torch.cuda.empty_cache()
-        return time
+        if device.type == "cuda":
+            trainee.step(text)  # fills torch's cache of memory again
+        return trainee.step(text)
 
     return {"check": check, "step": step, "memory": lambda: _peak_bytes(device)}
 

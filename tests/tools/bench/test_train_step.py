@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +14,12 @@ import torch
 
 from megatron.config.schema import Config
 from megatron.training.flops import step_flops
-from tools.bench import train_step
+from tools.bench import report, train_step, turns
 from tools.bench.arms import ALL_ARMS, ARMS, Arm, StepTime, Trainee, config_of, refusal
 from tools.bench.measure import Ratio
 from tools.bench.parity import compare
 from tools.bench.step_rows import Row, panels_of, reached, row_of, table_of
-from tools.bench.turns import Assignment, Worker
+from tools.bench.turns import Assignment, Check, Worker
 
 CPU = torch.device("cpu")
 ARM = {arm.name: arm for arm in ARMS}
@@ -145,6 +147,87 @@ def test_arm_that_fails_says_why_and_ends_its_process(text: torch.Tensor) -> Non
     task = Assignment(arm=ARM["sepllm"], config=config, device="cpu", engine="plain", threads=1, text=text.numpy())
     with Worker(task) as worker, pytest.raises(ValueError, match=r"sepllm failed.[\s\S]*AttributeError"):
         worker.check()
+
+
+class Stub:
+    """A worker whose answers are given; an exception is raised."""
+
+    def __init__(self, check: Check | ValueError, step: StepTime | ValueError) -> None:
+        self._check, self._step = check, step
+
+    def check(self) -> Check:
+        return _raised_or_given(self._check)
+
+    def step(self) -> StepTime:
+        return _raised_or_given(self._step)
+
+
+def _raised_or_given(answer):  # type: ignore[no-untyped-def]
+    if isinstance(answer, ValueError):
+        raise answer
+    return answer
+
+
+def test_arm_that_fails_leaves_the_others_in_the_run() -> None:
+    check, step = Check(loss=5.0, gradient=np.ones(3)), StepTime(forward_s=1, backward_s=1, update_s=1, loss=5.0)
+    workers = {
+        "full": Stub(check, step),
+        "reference": Stub(ValueError("reference failed: CUDA out of memory"), step),
+        "sepllm": Stub(check, ValueError("sepllm failed: no kernel image")),
+    }
+    wanted = {"full": check, "sepllm": check}
+    assert train_step.wrong_arms(ARMS, workers, wanted, Namespace(dtype="fp32")) == {"reference": "reference failed: CUDA out of memory"}
+    assert train_step.failing_arms([ARM["full"], ARM["sepllm"]], workers) == {"sepllm": "sepllm failed: no kernel image"}
+
+
+class Questions:
+    """The worker's end of a pipe through which these questions come."""
+
+    def __init__(self, *questions: str) -> None:
+        self._questions = iter(questions)
+        self.answers: list[object] = []
+
+    def recv(self) -> str:
+        return next(self._questions)
+
+    def send(self, answer: object) -> None:
+        self.answers.append(answer)
+
+
+def test_worker_on_a_gpu_gives_memory_back_after_every_turn(monkeypatch: pytest.MonkeyPatch, text: torch.Tensor) -> None:
+    """Or the arms that only wait hold what the next one needs: after the check, and after a failure too."""
+    events: list[str] = []
+
+    def turn(name: str) -> str:
+        events.append(name)
+        if name == "step":
+            raise RuntimeError("out of memory")
+        return name
+
+    monkeypatch.setattr(turns, "_answers", lambda *_: {name: partial(turn, name) for name in ("check", "step")})
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("given back"))
+    monkeypatch.setattr(turns.os, "_exit", lambda status: None)
+    task = Assignment(arm=ARM["full"], config=small(), device="cuda", engine="plain", threads=1, text=text.numpy())
+    connection = Questions("check", "step", "end")
+    turns.serve(connection, task)  # type: ignore[arg-type]
+    assert events == ["check", "given back", "step", "given back"]
+    assert "out of memory" in str(connection.answers[1])
+
+
+def test_step_on_a_gpu_has_as_many_rows_as_fill_it() -> None:
+    arguments = {device: train_step.parse(["--device", device]) for device in ("cpu", "cuda")}
+    assert [train_step.batch_of(arguments["cuda"], length) for length in (2048, 8192, 32768)] == [8, 2, 1]
+    assert train_step.batch_of(arguments["cpu"], 2048) == 1
+    assert train_step.batch_of(train_step.parse(["--device", "cuda", "--batch", "3"]), 2048) == 3
+
+
+def test_runs_of_other_lengths_are_saved_under_other_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = []
+    monkeypatch.setattr(train_step, "run", lambda _arguments: (None, "train-step", []))
+    monkeypatch.setattr(report, "deliver", lambda _result, _arguments, *words: names.append("-".join(words)))
+    for lengths in (["2048"], ["8192", "32768"]):
+        assert train_step.main(["--seq-lengths", *lengths]) == 0
+    assert names == ["train-step-160m-fp32-s2048", "train-step-160m-fp32-s8192-s32768"]
 
 
 def test_losses_of_ours_are_as_close_to_dense_as_a_rerun_of_dense(tmp_path: Path) -> None:
