@@ -206,7 +206,7 @@ def _forward_kernel(
 ) -> None:
     """Grid: heads of all rows (neighbours share keys), query blocks from the last one (the longest) down."""
     batch = (tl.program_id(0) // num_heads).to(tl.int64)
-    head = tl.program_id(0) % num_heads
+    head = (tl.program_id(0) % num_heads).to(tl.int64)
     query = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     is_query = query < num_queries
     place = batch * num_queries * num_heads
@@ -358,7 +358,7 @@ def _query_gradient_kernel(
 ) -> None:
     """Grid and tiles of the forward. Also writes ``delta``, each query's sum of out times its gradient."""
     batch = (tl.program_id(0) // num_heads).to(tl.int64)
-    head = tl.program_id(0) % num_heads
+    head = (tl.program_id(0) % num_heads).to(tl.int64)
     query = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     is_query = query < num_queries
     place = batch * num_queries * num_heads
@@ -532,7 +532,7 @@ def _key_gradient_kernel(
     """
     key_heads = num_heads // GROUP
     batch = (tl.program_id(0) // key_heads).to(tl.int64)
-    key_head = tl.program_id(0) % key_heads
+    key_head = (tl.program_id(0) % key_heads).to(tl.int64)
     column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     num_columns = num_far if IS_FAR else num_keys
     num_entries = num_far + num_keys

@@ -204,6 +204,19 @@ def test_packed_views_and_expanded_gradients_need_no_copies() -> None:
 
 
 @interpreted
+def test_heads_may_stand_further_apart_than_32_bits_count() -> None:
+    """As those of ``[B, N, S, H]`` do over a very long text. Only the pages that are touched take memory."""
+    ranges, apart = text_ranges(20, 9), 2**30
+    far_apart = torch.empty(2 * apart + 2**20, dtype=torch.float16)
+    tensors = [torch.randn(2, 20, 3, 16, generator=torch.Generator().manual_seed(0)).half() for _ in range(4)]
+    views = [far_apart[place * 2**16 :].as_strided((2, 20, 3, 16), (320, 16, apart, 1)) for place in range(4)]
+    for view, tensor in zip(views, tensors, strict=True):
+        view.copy_(tensor)
+    for one, other in zip(by_kernels(views, ranges), by_kernels(tensors, ranges), strict=True):
+        assert torch.equal(one, other)
+
+
+@interpreted
 @pytest.mark.parametrize("head_size", [1, 32, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_error_is_at_most_twice_that_of_torchs_own_attention(dtype: torch.dtype, head_size: int) -> None:
