@@ -3,7 +3,7 @@
 # make test    set-up and the test suite
 # make lint    ruff and mypy
 # make test-gpu   what needs a CUDA device
-# make bench-gpu  the same, then every benchmark of a CUDA device, saved in benchmarks/results
+# make bench-gpu  the same, then every benchmark of a CUDA device, saved in benchmarks/results; MINUTES=9: as much as fits, and goes on next time
 
 PYTHON ?= python3
 VENV := .venv
@@ -32,15 +32,10 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope -m "not slow and not gpu"
 
 test-gpu: setup
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -n 8 -m gpu
 
-# cores ends with status 1 where auto is not the best choice, as on every device that sepllm/attention/measured.py has no row for.
-bench-gpu: test-gpu
-	-$(BIN)/python -m tools.bench.cores --device cuda --dtype bf16 --cores sdpa fused_triton flex chunked dense --save
-	$(BIN)/python -m tools.bench.attention --device cuda --dtype bf16 --seq-lengths 2048 4096 8192 32768 --minutes 6 --save
-	$(BIN)/python -m tools.bench.train_step --device cuda --dtype bf16 --arms full reference sepllm fused_triton flex transformers \
-		--seq-lengths 2048 8192 32768 --minutes 6 --save
-	$(BIN)/python -m tools.bench.profile_step --device cuda --dtype bf16 --arms sepllm full transformers --save
+bench-gpu: setup
+	$(BIN)/python -m tools.bench.gpu $(if $(MINUTES),--minutes $(MINUTES))
 
 lint: setup
 	$(BIN)/ruff check .

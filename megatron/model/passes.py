@@ -69,7 +69,7 @@ def layer_passes(
             angle_dtype=torch.float16 if config.rotary_angles == "fp16" else torch.float32,
         )
     if config.pos_emb == "alibi":
-        slopes = parallel.own(alibi_slopes(config.num_attention_heads), dim=0).to(like.device)
+        slopes = parallel.own(alibi_slopes(config.num_attention_heads), dim=0).to(like.device, non_blocking=True)
     softmax = layout.pattern.softmax
     dropout = config.attention_dropout if is_training else 0.0
 

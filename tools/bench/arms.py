@@ -69,6 +69,7 @@ FULL_AUTO = Arm(name="full_auto", pattern="full", core="auto", executes="causal"
 COMPILED_ARMS = (
     Arm(name="full_compiled", pattern="full", core="auto", executes="causal", is_compiled=True),
     Arm(name="sepllm_compiled", pattern="sepllm", core="auto", executes="kept", is_compiled=True),
+    Arm(name="fused_triton_compiled", pattern="sepllm", core="fused_triton", executes="kept", is_compiled=True),
 )
 PEER_ARMS = tuple(
     Arm(name=name + suffix, pattern="full", core="sdpa", executes="causal", framework=name, is_autocast=is_autocast, is_compiled=is_compiled)
