@@ -52,12 +52,18 @@ class IndexBuilder:
         return cls(is_builder=(rank if use_shared_fs else local_rank) == 0, is_node_builder=local_rank == 0, barrier=barrier)
 
 
-def sample_counts(*, train_iters: int | None, eval_interval: int, eval_iters: int, train_batch_size: int) -> SampleCounts:
-    """What a run of ``train_iters`` steps reads: every evaluation counts, with one more after the last step."""
+def sample_counts(
+    *, train_iters: int | None, eval_interval: int, eval_iters: int, train_batch_size: int, iteration: int = 0, consumed_samples: int = 0
+) -> SampleCounts:
+    """What a run of ``train_iters`` steps reads: every evaluation counts, with one more after the last step.
+
+    A run that goes on from ``iteration`` has read ``consumed_samples`` before, by steps that may have been of another size.
+    """
     if train_iters is None:
         return SampleCounts(train=None, valid=None, test=None)
+    train = consumed_samples + max(0, train_iters - iteration) * train_batch_size
     evaluations = train_iters // eval_interval + 1
-    return SampleCounts(train=train_iters * train_batch_size, valid=evaluations * eval_iters * train_batch_size, test=eval_iters * train_batch_size)
+    return SampleCounts(train=train, valid=evaluations * eval_iters * train_batch_size, test=eval_iters * train_batch_size)
 
 
 def build_datasets(data: DataConfig, *, seq_length: int, samples: SampleCounts, seed: int, builder: IndexBuilder | None = None) -> Datasets:

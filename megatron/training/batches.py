@@ -14,6 +14,7 @@ from megatron.data.loader import BatchLoader
 from megatron.data.tokenizer import Tokenizer
 from megatron.parallel.collectives import barrier
 from megatron.parallel.mesh import Mesh
+from megatron.training.progress import Progress
 from megatron.training.random_state import quietly_started
 
 
@@ -27,8 +28,8 @@ class RunData:
     end_of_document: int
 
     @classmethod
-    def open(cls, config: Config, mesh: Mesh, tokenizer: Tokenizer) -> RunData:
-        """The data sets that the configuration names. All processes call this together."""
+    def open(cls, config: Config, mesh: Mesh, tokenizer: Tokenizer, *, start: Progress = Progress()) -> RunData:
+        """The data sets that the configuration names, for a run that begins at ``start``. All processes call this together."""
         training = config.training
         builder = IndexBuilder.of_rank(
             rank=mesh.rank, local_rank=mesh.local_rank, use_shared_fs=config.data.use_shared_fs, barrier=lambda: barrier(mesh)
@@ -38,6 +39,8 @@ class RunData:
             eval_interval=training.eval_interval,
             eval_iters=training.eval_iters,
             train_batch_size=config.batch.train_batch_size,
+            iteration=start.iteration,
+            consumed_samples=start.consumed_samples,
         )
         datasets = build_datasets(config.data, seq_length=config.model.seq_length, samples=counts, seed=training.seed, builder=builder)
         if datasets.train is None:

@@ -76,7 +76,7 @@ def prepare(config: Config, mesh: Mesh) -> Run:
     resumed = resumption(found, config, data_parallel_size=mesh.gradients.size)
     tokenizer = build_tokenizer(config.tokenizer)
     check_vocabulary(tokenizer, config)
-    data = RunData.open(config, mesh, tokenizer)
+    data = RunData.open(config, mesh, tokenizer, start=resumed.progress)
     engine = _engine(config, mesh, found, resumed, document_end_id=data.document_end_id)
     seed_replica(config.training.seed, replica=mesh.gradients.rank + mesh.gradients.size * mesh.pipe.rank)  # shards of one replica draw alike
     has_random_state = found is not None and resumed.takes_random_state and restore_random_state(found, mesh)

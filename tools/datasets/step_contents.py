@@ -137,7 +137,7 @@ def step_samples(run: SavedRun, step: int, *, rank: int | None = None) -> Iterat
             f"--rank is {rank}, and the data-parallel ranks are 0 to {batch.data_parallel_size - 1}: give one of them, or say with --devices how "
             "many devices the run has."
         )
-    first, dataset = run.consumed_samples(step), training_data(config)
+    first, dataset = run.consumed_samples(step), training_data(run)
     ranks = range(batch.data_parallel_size) if rank is None else (rank,)
     places = {reader: micro_batches(config, dataset, first=first, rank=reader) for reader in ranks}
     if any(len(batches) < batch.gradient_accumulation_steps for batches in places.values()):
@@ -151,11 +151,16 @@ def step_samples(run: SavedRun, step: int, *, rank: int | None = None) -> Iterat
     )
 
 
-def training_data(config: Config) -> SampleDataset:
+def training_data(run: SavedRun) -> SampleDataset:
     """The training samples of a run, built as the trainer builds them."""
-    training = config.training
+    config, training = run.config, run.config.training
     counts = sample_counts(
-        train_iters=training.train_iters, eval_interval=training.eval_interval, eval_iters=0, train_batch_size=config.batch.train_batch_size
+        train_iters=training.train_iters,
+        eval_interval=training.eval_interval,
+        eval_iters=0,
+        train_batch_size=config.batch.train_batch_size,
+        iteration=run.progress.iteration,
+        consumed_samples=run.progress.consumed_samples,
     )
     counts = replace(counts, valid=0, test=0)
     train = build_datasets(config.data, seq_length=config.model.seq_length, samples=counts, seed=training.seed).train

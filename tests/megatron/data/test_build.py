@@ -29,6 +29,11 @@ def test_sample_counts_are_gpt_neoxs() -> None:
     assert counts == SampleCounts(train=146_432_000, valid=144 * 10 * 1024, test=10 * 1024)
 
 
+def test_a_run_that_goes_on_with_other_batches_reads_what_it_has_read_and_what_is_left() -> None:
+    counts = sample_counts(train_iters=100, eval_interval=1000, eval_iters=10, train_batch_size=2, iteration=60, consumed_samples=60 * 8)
+    assert counts.train == 60 * 8 + 40 * 2
+
+
 def test_epochs_leave_the_counts_to_the_data(tmp_path: Path) -> None:
     counts = sample_counts(train_iters=None, eval_interval=1000, eval_iters=10, train_batch_size=1024)
     assert counts == SampleCounts(train=None, valid=None, test=None)

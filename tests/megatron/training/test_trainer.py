@@ -148,6 +148,16 @@ def test_train_py_trains_a_resolved_configuration(make_config: MakeConfig, tmp_p
     assert len(losses_of(config)) == 1
 
 
+def test_a_run_goes_on_with_smaller_batches(make_config: MakeConfig, tmp_path: Path) -> None:
+    """Of this little data its steps of 2 samples alone would want one pass, which the steps of 8 before have used up."""
+    few = {"data": {"split": "4,46,50"}, "training": {"train_iters": 6, "eval_iters": 0, "exit_interval": 5}}
+    first = make_config(checkpoint={"checkpoint_factor": 5}, **few)
+    train(first)
+    batch = {"train_batch_size": 2, "train_micro_batch_size_per_gpu": 1}
+    progress = train(make_config(batch=batch, checkpoint={"save": str(tmp_path / "second"), "load": first.checkpoint.save}, **few))
+    assert (progress.iteration, progress.consumed_samples) == (6, 42)
+
+
 def test_finetuning_takes_the_weights_and_starts_over(make_config: MakeConfig, tmp_path: Path) -> None:
     first = make_config()
     train(first)
