@@ -43,8 +43,8 @@ class RunData:
             consumed_samples=start.consumed_samples,
         )
         datasets = build_datasets(config.data, seq_length=config.model.seq_length, samples=counts, seed=training.seed, builder=builder)
-        if datasets.train is None:
-            raise ValueError("There is nothing to train on: split leaves the training part no document, or train_iters is 0.")
+        if datasets.train is None and training.train_iters != 0:
+            raise ValueError("There is nothing to train on: split leaves the training part no document.")
         return cls(config=config, mesh=mesh, datasets=datasets, end_of_document=tokenizer.eod_id)
 
     @property

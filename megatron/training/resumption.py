@@ -40,7 +40,8 @@ def resumption(found: Found | None, config: Config, *, data_parallel_size: int) 
     schedule, progress = config.schedule, manifest.progress
     if takes_optimizer:
         _check_precision(manifest, config, found)
-        schedule = _resumed_schedule(manifest.schedule, config.schedule, found)
+        if config.training.train_iters != 0:
+            schedule = _resumed_schedule(manifest.schedule, config.schedule, found)
     else:
         progress = progress.model_copy(update={"applied_steps": 0})
     return Resumption(

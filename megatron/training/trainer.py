@@ -175,6 +175,8 @@ class Run:
         progress, saved, skipped_in_a_row = self.start, None, 0
         if progress.iteration == 0 and self._is_save_due(0):
             saved = self._save(progress)
+        if progress.iteration >= self.data.train_iters:
+            return self._finish(progress, saved=saved)
         batches = Timed(self.data.training(consumed_samples=progress.consumed_samples))
         while progress.iteration < self.data.train_iters:
             before = progress
@@ -192,7 +194,8 @@ class Run:
             if stop.is_agreed:
                 return self._stop(progress, saved=saved)
             if self.config.training.exit_interval and progress.iteration % self.config.training.exit_interval == 0:
-                self.reporter.console.say(f" exiting after iteration {progress.iteration} (exit_interval), nothing saved")
+                kept = "which was saved" if saved == progress.iteration else "nothing saved"
+                self.reporter.console.say(f" exiting after iteration {progress.iteration} (exit_interval), {kept}")
                 return progress
         return self._finish(progress, saved=saved)
 

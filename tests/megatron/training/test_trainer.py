@@ -240,10 +240,30 @@ def test_a_termination_signal_saves_after_the_step_and_leaves(make_config: MakeC
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_exit_interval_leaves_without_saving(make_config: MakeConfig) -> None:
+def test_exit_interval_leaves_without_saving(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
     config = make_config(training={"exit_interval": 2}, checkpoint={"checkpoint_factor": 100})
     assert train(config).iteration == 2
     assert not list(Path(str(config.checkpoint.save)).glob("global_step*"))
+    assert "exiting after iteration 2 (exit_interval), nothing saved" in capsys.readouterr().out
+
+
+def test_exit_interval_does_not_deny_what_was_due_and_saved(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    train(make_config(training={"exit_interval": 2}, checkpoint={"checkpoint_factor": 2}))
+    assert "exiting after iteration 2 (exit_interval), which was saved" in capsys.readouterr().out
+
+
+def test_without_steps_a_checkpoint_is_evaluated_and_nothing_else(make_config: MakeConfig, tmp_path: Path) -> None:
+    trained = make_config(model={"hidden_dropout": 0.0})
+    train(trained)
+    for name, policy in (("resumed", {}), ("tuned", {"finetune": True})):
+        checkpoint = {"load": trained.checkpoint.save, "save": str(tmp_path / name), **policy}
+        training = {"train_iters": 0, "eval_interval": 3, "eval_iters": 1}
+        evaluated = make_config(model={"hidden_dropout": 0.0}, schedule={"lr_decay_iters": 1}, training=training, checkpoint=checkpoint)
+        assert train(evaluated).iteration == (0 if policy else 6)
+        assert figures(evaluated, "test/lm_loss") == figures(trained, "test/lm_loss")
+        assert len(figures(evaluated, "validation/lm_loss")) == 1
+        assert losses_of(evaluated) == []
+        assert not list((tmp_path / name).glob("global_step*"))
 
 
 def test_a_tokenizer_of_another_size_is_refused(make_config: MakeConfig) -> None:
