@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "sepllm.streaming": {"sepllm.pattern", "sepllm.cache", "sepllm.hf"},
     "sepllm.lm_eval": {"sepllm.__version__", "sepllm.pattern", "sepllm.layout", "sepllm.hf"},
     "megatron.config": {"sepllm.pattern"},
-    "megatron.launch": {"megatron.config", "megatron.data", "sepllm"},
+    "megatron.launch": {"megatron.config", "megatron.data", "megatron.optim.schedule", "sepllm"},
     "megatron.parallel": {"megatron.config", "sepllm"},
     "megatron.data": {"megatron.config", "sepllm"},
     "megatron.model": {"megatron.config", "megatron.parallel", "sepllm"},

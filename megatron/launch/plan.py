@@ -12,6 +12,7 @@ from megatron.config.size import model_size
 from megatron.launch.inputs import Input, data_inputs, tokenizer_inputs, training_prefix
 from megatron.launch.kept import SAMPLES, kept_ratio, needs_data, read_samples
 from megatron.launch.memory import dense_map_bytes, memory_estimate
+from megatron.optim.schedule import LearningRate
 from sepllm.pattern import AttentionPattern, SelfAdjust
 
 _NOT_FOUND = "not found, skipped"
@@ -168,11 +169,13 @@ def _kept(config: Config) -> str:
 
 def _schedule(config: Config) -> Iterator[Row]:
     schedule, steps = config.schedule, config.training.train_iters
-    warmup_steps = schedule.warmup * schedule.lr_decay_iters
+    rate = LearningRate(schedule)
+    last = rate.at(schedule.lr_decay_iters)
+    then = f"down to {last:g} at step {schedule.lr_decay_iters:,}" if last < schedule.lr else "and stays there"
     yield (
         "learning rate",
-        f"{schedule.lr_decay_style} {schedule.lr_schedule_version}: up to {schedule.lr:g} in {warmup_steps:g} steps, "
-        f"down to {schedule.min_lr:g} at step {schedule.lr_decay_iters:,}; {config.optimizer.type}, weight decay {config.optimizer.weight_decay:g}",
+        f"{schedule.lr_decay_style} {schedule.lr_schedule_version}: up to {schedule.lr:g} in {rate.warmup_steps:g} steps, {then}; "
+        f"{config.optimizer.type}, weight decay {config.optimizer.weight_decay:g}",
     )
     if steps is None:
         yield "training", f"{config.training.train_epochs} epochs; their steps follow from the data"

@@ -63,6 +63,18 @@ def test_softmax_and_positions_are_named(method: str, extra: tuple[str, ...], la
     assert words in plan(capsys, argv)[label]
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (("lr_decay_style=constant",), "constant v3: up to 0.0006 in 1430 steps, and stays there;"),
+        (("lr_decay_style=exponential",), "down to 0.000300044 at step 143,000"),
+        (("lr_decay_style=linear", "lr_schedule_version=v1", "min_lr=0"), "down to 1.2e-05 at step 143,000"),
+    ],
+)
+def test_the_rate_at_the_end_is_that_of_the_schedule(changes: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert words in plan(capsys, [*N64, *(word for change in changes for word in ("--set", change))])["learning rate"]
+
+
 def test_memory_is_given_by_part(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     memory = plan(capsys, [*N64, "--set", "padded_vocab_size=50304"])["memory"]
