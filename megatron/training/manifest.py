@@ -111,6 +111,8 @@ def find_checkpoint(config: CheckpointConfig) -> Found | None:
         return None
     root = Path(config.load)
     available = finished_iterations(root)
+    if not available and _is_finished(root):
+        raise ValueError(f"load ({root}) is a checkpoint itself: {_how_to_load(root)}.")
     if config.iteration is not None:
         if config.iteration not in available:
             raise ValueError(f"load ({root}) has no finished checkpoint of iteration {config.iteration}; it has {_listed(available)}.")
@@ -124,6 +126,14 @@ def find_checkpoint(config: CheckpointConfig) -> Found | None:
         )
     named = _iteration_of((root / "latest").read_text().strip()) if (root / "latest").is_file() else None
     return _found(root, named if named in available and named is not None else available[-1])
+
+
+def _how_to_load(folder: Path) -> str:
+    """What to set to take the checkpoint in this folder."""
+    iteration = _iteration_of(folder.name)
+    if iteration is None:
+        return "rename it to global_stepN, N its iteration, and set load to the folder that it lies in"
+    return f"set load to the folder that it lies in ({folder.parent}), and iteration to {iteration} if it is not the newest there"
 
 
 def finished_iterations(root: Path) -> list[int]:

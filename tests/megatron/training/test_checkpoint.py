@@ -67,6 +67,15 @@ def test_nothing_to_load_is_an_error_unless_a_fresh_start_is_allowed(tmp_path: P
     assert find_checkpoint(CheckpointConfig(load=str(folder), allow_fresh_start=True)) is None
 
 
+@pytest.mark.parametrize(
+    ("name", "remedy"), [("global_step3", r"set load to the folder .*copy\), and iteration to 3"), ("best", "rename it to global_stepN")]
+)
+def test_a_checkpoint_in_place_of_its_folder_is_never_a_fresh_start(saved: Path, name: str, remedy: str) -> None:
+    (saved / "global_step3").rename(saved / name)
+    with pytest.raises(ValueError, match=f"is a checkpoint itself: {remedy}"):
+        find_checkpoint(CheckpointConfig(load=str(saved / name), allow_fresh_start=True))
+
+
 def test_another_shape_names_both_values(saved: Path, make_config: MakeConfig) -> None:
     config = make_config(model={"hidden_size": 64, "num_layers": 3}, checkpoint={"load": str(saved)})
     with pytest.raises(ValueError, match=r"num_layers is 2 in the checkpoint and 3 in the configuration; hidden_size is 32 .* and 64"):
