@@ -31,8 +31,11 @@ def vocabulary_size(tokenizer: TokenizerConfig) -> int | None:
 
 
 def _size(content: dict[str, object]) -> int:
-    """Distinct ids of a `tokenizers` file (its model's vocabulary and its added tokens), or the length of a plain GPT-2 vocabulary."""
-    if "model" not in content:
+    """Distinct ids of a `tokenizers` file (its model's vocabulary and its added tokens), or the length of a plain GPT-2 vocabulary.
+
+    Of GPT-2's own vocabulary `model` is a token.
+    """
+    if content and all(isinstance(token_id, int) for token_id in content.values()):
         return len(content)
     model, added = content["model"], content.get("added_tokens") or []
     if not isinstance(model, dict) or not isinstance(added, list):

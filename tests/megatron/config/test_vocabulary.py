@@ -36,10 +36,19 @@ def test_the_count_is_that_of_the_tokenizers_library(tmp_path: Path) -> None:
     assert vocabulary_size(TokenizerConfig(tokenizer_type="HFTokenizer", vocab_file=str(path))) == tokenizer.get_vocab_size(with_added_tokens=True)
 
 
-def test_a_gpt2_vocabulary_is_counted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tokens", [("a", "b"), ("a", "model"), ("model", "added_tokens")])
+def test_a_gpt2_vocabulary_is_counted_whatever_its_tokens(tmp_path: Path, tokens: tuple[str, ...]) -> None:
+    """GPT-2's own has a token `model`."""
     path = tmp_path / "vocab.json"
-    path.write_text(json.dumps({"a": 0, "b": 1}))
+    path.write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
     assert vocabulary_size(TokenizerConfig(vocab_file=str(path))) == 2
+
+
+def test_json_of_another_kind_is_a_mistake(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "gpt2", "vocab_size": 50257}))
+    with pytest.raises(ValueError, match="is not a tokenizer file"):
+        vocabulary_size(TokenizerConfig(vocab_file=str(path)))
 
 
 def test_an_absent_file_has_no_known_size() -> None:
