@@ -237,6 +237,17 @@ def _check_parallel_lists(settings: Settings) -> Iterator[Mistake]:
                 yield Mistake(keys=(key, f"{split}_data_paths"), text=text)
 
 
+def _check_weights(settings: Settings) -> Iterator[Mistake]:
+    """A path that is listed is read."""
+    if settings.get_or("weight_by_num_documents", False):
+        return
+    for split in _SPLITS:
+        pairs = zip(settings.items(f"{split}_data_paths") or [], settings.items(f"{split}_data_weights") or [], strict=False)
+        for path in [path for path, weight in pairs if weight == 0]:
+            text = f"{split}_data_weights gives {path} no sample: leave it out of {split}_data_paths, or weigh it more."
+            yield Mistake(keys=(f"{split}_data_weights",), text=text)
+
+
 def _check_zero(settings: Settings) -> Iterator[Mistake]:
     stages, pipes = (settings.block("zero_optimization") or {}).get("stage", 0), settings.get_or("pipe_parallel_size", 0)
     keys = ("zero_optimization.stage", "pipe_parallel_size")
@@ -406,6 +417,7 @@ _SETTINGS_CHECKS: tuple[Callable[[Settings], Iterator[Mistake]], ...] = (
     _check_schedule_policy,
     _check_data_paths,
     _check_parallel_lists,
+    _check_weights,
     _check_zero,
     _check_context_parallel,
 )

@@ -19,6 +19,7 @@ from megatron.config.values import (
     NOT_NEGATIVE,
     NUMBER,
     PORT,
+    PREFIX,
     SIZE,
     SIZES,
     TEXT,
@@ -209,7 +210,7 @@ _ATTENTION: dict[str, Rule] = {
 _DATA: dict[str, Rule] = {
     **_copied(
         "data",
-        data_path=TEXT,
+        data_path=PREFIX,
         split=TEXT,
         train_data_paths=TEXTS,
         valid_data_paths=TEXTS,

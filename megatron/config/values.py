@@ -114,6 +114,7 @@ def _anything(value: JsonValue) -> JsonValue:
 
 FLAG = Kind(words="true or false", read=_flag)
 TEXT = Kind(words="text (in quotes if it looks like a number)", read=_text)
+PREFIX = Kind(words="one prefix as text; lists of them are train_data_paths, valid_data_paths and test_data_paths", read=_text)
 WHOLE = whole()
 COUNT = whole(minimum=1)
 PORT = whole(minimum=1, maximum=65535)

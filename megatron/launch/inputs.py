@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,11 +65,7 @@ def obstacles(config: Config, *, script: str, has_fp16: bool) -> list[str]:
         found += [f"{given.key}: {_listed(given.missing)}: correct the path." for given in tokenizer_inputs(config) if given.missing]
     if Path(script).name != "train.py":
         return found
-    found += [
-        f"{given.key}: {_listed(given.missing)}: correct the prefix, or make the data with prepare_data.py."
-        for given in data_inputs(config)
-        if given.missing
-    ]
+    found += [f"{given.key}: {_listed(given.missing)}: {_prefix_remedy(given.name)}" for given in data_inputs(config) if given.missing]
     if not data_inputs(config):
         found.append("data_path and train_data_paths are both missing: name the data to train on.")
     save = config.checkpoint.save
@@ -90,6 +87,16 @@ def _exists(name: str) -> bool:
 
 def _listed(files: tuple[str, ...]) -> str:
     return f"{' and '.join(files)} {'does' if len(files) == 1 else 'do'} not exist"
+
+
+def _prefix_remedy(name: str) -> str:
+    """What to write in place of a prefix that names no pair."""
+    if name.endswith((".bin", ".idx")) and os.path.exists(name):
+        return f"a prefix is meant, so give {name[:-4]}."
+    started = sorted(Path(name).parent.glob(f"{glob.escape(Path(name).name)}_*_document.idx"))
+    if started:
+        return f"did you mean {str(started[0])[:-4]}?"
+    return "correct the prefix, or make the data with prepare_data.py."
 
 
 def _unwritable(folder: Path) -> str | None:

@@ -41,6 +41,12 @@ PATHS = {f"{split}_data_paths": ["a", "b"] for split in ("train", "valid", "test
         ({"train_data_paths": "a"}, 'a list of texts, such as ["a", "b"]'),
         ({**PATHS, "train_data_weights": [1.0]}, "train_data_weights has 1 entries but train_data_paths has 2: give one weight per path."),
         ({**PATHS, "train_data_weights": [2, -1]}, "a list of numbers of at least 0, such as [0.5, 0.5]"),
+        ({**PATHS, "train_data_weights": [0, 0]}, "train_data_weights gives a no sample: leave it out of train_data_paths, or weigh it more."),
+        ({**PATHS, "valid_data_weights": [1, 0.0]}, "valid_data_weights gives b no sample"),
+        (
+            {"data_path": ["a"]},
+            "give one prefix as text; lists of them are train_data_paths, valid_data_paths and test_data_paths.",
+        ),
         ({**PATHS, "valid_label_data_paths": ["a"]}, "give one label file per path"),
         ({"attention-config": [[["global"], 3]]}, "attention_config describes 3 layers but num_layers is 4"),
         ({"attention-config": "flash"}, "give a list of [types, repeats]"),

@@ -98,6 +98,24 @@ def test_starting_without_data_names_what_is_missing(folder: Path, capsys: pytes
     assert f"save is file/deeper, and {folder}/file is a file: choose a folder you may write to" in told
 
 
+@pytest.mark.parametrize(
+    ("given", "remedy"),
+    [
+        ("mine_text_document.bin", "a prefix is meant, so give mine_text_document."),
+        ("mine", "did you mean mine_text_document?"),
+        ("yours", "correct the prefix, or make the data with prepare_data.py."),
+    ],
+)
+def test_a_prefix_that_was_nearly_right_is_put_right(
+    given: str, remedy: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    for name in ("train.py", "mine_text_document.bin", "mine_text_document.idx"):
+        (folder / name).touch()
+    assert main(["train.py", *TINY, "--set", f"data_path={given}"]) == 2
+    assert f"data_path: {given}.bin and {given}.idx do not exist: {remedy}" in capsys.readouterr().err
+
+
 def test_starting_without_the_tokenizer_names_it(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     overrides = ["--set", "tokenizer_type=HFTokenizer", "--set", "vocab_file=nowhere.json"]
