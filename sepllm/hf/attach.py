@@ -117,10 +117,14 @@ class Attachment:
         """
         if self._latest_cache is not None:
             return self._latest_cache.kv_ratio()
-        layout = self._latest_layout
-        if layout is None:
+        if self._latest_layout is None:
             raise ValueError("No forward pass has been made yet.")
-        read = [_narrowed(layout, width).ranges(layer).read_keys()[:, -1] for layer, width in enumerate(self._sliding_widths)]
+        return self.ratio_of(self._latest_layout)
+
+    def ratio_of(self, layout: TokenLayout) -> float:
+        """`TokenLayout.kv_ratio`, where the model's own sliding window counts too."""
+        layouts = {width: _narrowed(layout, width) for width in set(self._sliding_widths)}
+        read = [layouts[width].ranges(layer).read_keys()[:, -1] for layer, width in enumerate(self._sliding_widths)]
         return int(torch.stack(read).sum()) / (layout.ids.numel() * len(read))
 
     def _put_in_place(self) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from sepllm.hf import SepCache
+from sepllm.hf import Attachment, SepCache
 from sepllm.layout import TokenLayout
 from sepllm.pattern import AttentionPattern
 
@@ -31,13 +31,15 @@ class TextRatios:
         return fmean(self._ratios) if self._ratios else None
 
 
-def text_ratio(ids: Sequence[int] | Tensor, pattern: AttentionPattern, *, pads_by_id: bool) -> float:
+def text_ratio(ids: Sequence[int] | Tensor, pattern: AttentionPattern, *, pads_by_id: bool, attachment: Attachment | None) -> float:
     """Keys that the last token of the text ``ids [S]`` reads, over all its tokens: the paper's r.KV as a fraction.
 
-    ``pads_by_id``: a leading run of the pattern's padding id is no text, as in models that are given no attention mask.
+    ``pads_by_id``: a leading run of the pattern's padding id is no text, as in models that are given no attention mask. ``attachment``: of the
+    model that reads, whose own sliding window counts too.
     """
     row = torch.as_tensor(ids, dtype=torch.long)[None]
-    return TokenLayout.from_ids(row, pattern, attention_mask=None if pads_by_id else torch.ones_like(row)).kv_ratio()
+    layout = TokenLayout.from_ids(row, pattern, attention_mask=None if pads_by_id else torch.ones_like(row))
+    return layout.kv_ratio() if attachment is None else attachment.ratio_of(layout)
 
 
 class StoredKeys(LogitsProcessor):

@@ -158,7 +158,7 @@ class SepLLMModel(HFLM):
         assert self.patterns is not None
         if self._stored is not None:
             return self._stored.ratio(row, num_steps=len(ids))
-        return text_ratio(ids, self.patterns.prefill, pads_by_id=self.attachment is None)
+        return text_ratio(ids, self.patterns.prefill, pads_by_id=self.attachment is None, attachment=self.attachment)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
         """Texts ``[B, S]``, contexts included. What a row wrote after its own end, while others went on, is replaced by the end of text."""
@@ -178,7 +178,8 @@ class SepLLMModel(HFLM):
             elif self.patterns is not None:
                 first = int(generation_kwargs["attention_mask"][row].argmax())
                 pattern = self.patterns.decode if num_written > 1 else self.patterns.prefill
-                self.ratios.add(text_ratio(ids[first : start + num_written - 1], pattern, pads_by_id=False))
+                text = ids[first : start + num_written - 1]
+                self.ratios.add(text_ratio(text, pattern, pads_by_id=False, attachment=self.attachment))
         return texts
 
     def _new_cache(self) -> SepCache:

@@ -19,7 +19,16 @@ from lm_eval._cli import HarnessCLI
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 import sepllm.lm_eval.__main__ as command_line
 from sepllm.hf import SepCache, SepLLMGPTNeoXConfig, SepLLMGPTNeoXForCausalLM, attach, read_sepllm_config
@@ -28,6 +37,8 @@ from tests.sepllm.byte_tokenizer import END, byte_tokenizer
 
 ROOT = Path(__file__).parents[2]
 LAYERS = 2
+SLIDING = 3
+"""Keys that the tiny Mistral reads: fewer than the windows of the training-free file."""
 SHAPE = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "intermediate_size": 48}
 SHAPE |= {"max_position_embeddings": 192, "initializer_range": 0.25, "bos_token_id": None, "pad_token_id": END}
 SMALL = {"init_cache_size": 2, "sep_cache_size": 4, "local_size": 6, "cache_size": 20, "USE_MAX_SEP_CACHE": True}
@@ -84,6 +95,8 @@ def make_model(kind: str) -> PreTrainedModel:
     torch.manual_seed(0)
     if kind == "llama":
         model = LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=2, eos_token_id=None))
+    elif kind == "mistral":
+        model = MistralForCausalLM(MistralConfig(**SHAPE, num_key_value_heads=2, eos_token_id=None, sliding_window=SLIDING))
     elif kind == "gpt_neox":
         model = GPTNeoXForCausalLM(GPTNeoXConfig(**SHAPE, eos_token_id=END))
     else:
@@ -146,7 +159,7 @@ def test_long_texts_score_alike_in_every_batch_size(make_lm: MakeLM, config_file
     assert len(both[0].ratios) == len(both[1].ratios) == 4, "two windows, nothing, and one of each short text"
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "mistral"])
 @pytest.mark.parametrize("decode", ["mask", "sepcache"])
 def test_generated_texts_and_their_ratios_are_those_of_each_context_alone(
     make_lm: MakeLM, config_file: Callable[..., str], tokenizer: PreTrainedTokenizerFast, kind: str, decode: str
@@ -176,15 +189,17 @@ def test_generated_texts_and_their_ratios_are_those_of_each_context_alone(
     assert len({len(text) for text in texts}) > 1, "rows of a batch end at different places"
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
 def test_the_ratio_counts_the_keys_that_the_last_token_of_each_text_reads(
-    make_lm: MakeLM, config_file: Callable[..., str], tokenizer: PreTrainedTokenizerFast
+    make_lm: MakeLM, config_file: Callable[..., str], tokenizer: PreTrainedTokenizerFast, kind: str
 ) -> None:
-    lm = make_lm(sepllm_config=config_file())
+    lm = make_lm(kind, sepllm_config=config_file())
     lm.loglikelihood(instances("loglikelihood", PAIRS[3:]), disable_tqdm=True)
     pattern, expected = read_sepllm_config(config_file()).prefill, []
     for pair in PAIRS[3:]:
         ids = tokenizer.encode("".join(pair))[:-1]
-        read = [pattern.reads(query=len(ids) - 1, key=key, key_id=ids[key]) for key in range(len(ids))]
+        first = max(0, len(ids) - SLIDING) if kind == "mistral" else 0
+        read = [pattern.reads(query=len(ids) - 1, key=key, key_id=ids[key]) for key in range(first, len(ids))]
         expected.append(sum(read) / len(ids))
     assert lm.ratios.mean() == pytest.approx(sum(expected) / 2)
 
