@@ -48,13 +48,13 @@ def attach(
     """
     if attachment_of(model) is not None:
         raise ValueError(f"This {type(model).__name__} has an attachment: detach it first.")
-    config = model.get_decoder().config
+    config = getattr(model.get_decoder(), "config", None)
     if reads_as_trained(model):
         raise ValueError(
-            f"A {config.model_type} model reads as its configuration says, and takes a SepCache as it is: leave attach out, or change the "
+            f"A {model.config.model_type} model reads as its configuration says, and takes a SepCache as it is: leave attach out, or change the "
             "configuration (prefill_local_window_size, ...)."
         )
-    if not hasattr(config, "num_hidden_layers"):
+    if config is None or not hasattr(config, "num_hidden_layers"):
         raise ValueError(f"{type(model).__name__} is no plain language model: attach to the one inside it.")
     prefill = _for_layers(pattern or AttentionPattern.full(1), config.num_hidden_layers)
     decode = prefill if decode_pattern is None else _for_layers(decode_pattern, config.num_hidden_layers)
@@ -157,14 +157,19 @@ class Attachment:
     def _check(self, expected: Tensor) -> None:
         """ValueError unless our function runs in every layer and, reading everything, gives what the model gives."""
         patterns, self.prefill_pattern = self.prefill_pattern, AttentionPattern.full(len(self._sliding_widths))
+        name = type(self.model).__name__
         try:
             found = self._logits()
             is_turned_right = isinstance(self._rotary, _Rotary) and _is_close(self._stretched_logits(), expected)
+        except (AttributeError, IndexError, TypeError) as error:
+            raise ValueError(
+                f"{name} does not run when its attention function is another one ({error}): it cannot be attached to, use a model that does."
+            ) from error
         finally:
             self.prefill_pattern = patterns
         if isinstance(self._rotary, _Rotary) and not is_turned_right:
             self._rotary = "it does not pair the dimensions of its rotary embeddings half by half"
-        name, missing = type(self.model).__name__, set(range(len(self._sliding_widths))) - self._layers_seen
+        missing = set(range(len(self._sliding_widths))) - self._layers_seen
         if missing:
             raise ValueError(
                 f"{name} does not use the attention interface of transformers in layers {sorted(missing)}: it cannot be attached to, use a model "
@@ -202,6 +207,8 @@ class Attachment:
         uses_cache = given.get("use_cache")
         if cache is None and (self._decoder.config.use_cache if uses_cache is None else uses_cache) and not _checkpoints(self._decoder):
             cache = given["past_key_values"] = DynamicCache()
+        if cache is None and mask is None and self._stretch is None:
+            _check_one_text(given.get("position_ids"))
         ids = self._known_ids(given, cache)
         if isinstance(cache, SepCache):
             self._pass = self._from_sep_cache(cache, ids, mask, given)
@@ -413,6 +420,15 @@ def _narrowed(layout: TokenLayout, width: int | None) -> TokenLayout:
     if width is None or (own is not None and own <= width):
         return layout
     return replace(layout, pattern=replace(layout.pattern, sliding_width=width), _ranges={})
+
+
+def _check_one_text(position_ids: object) -> None:
+    """ValueError where transformers would take a row for several texts: it tells them apart by positions that do not go on."""
+    if isinstance(position_ids, Tensor) and position_ids.ndim == 2 and bool((position_ids.diff(dim=1) != 1).any()):
+        raise ValueError(
+            "position_ids do not go on within a row, which is how transformers packs several texts into one: an attached model reads a row as one "
+            "text. Give each text a row of its own."
+        )
 
 
 def _store_of(cache: object) -> LayoutLayer:

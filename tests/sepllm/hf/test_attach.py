@@ -21,6 +21,8 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    ModernBertDecoderConfig,
+    MptConfig,
     OPTConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -35,6 +37,7 @@ VOCAB, LAYERS = 40, 3
 SEPARATORS = (3, 4)
 SLIDING = 7
 CLOSE = {"rtol": 0.0, "atol": 2e-5}
+END_TOKENS = ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
 
 _SHARED = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "initializer_range": 0.25}
 _SHARED |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
@@ -546,6 +549,32 @@ def test_models_with_learned_positions_read_under_patterns_but_cannot_shift_posi
         model.generate(ids, past_key_values=cache_of(), max_new_tokens=20, pad_token_id=0)
         with pytest.raises(ValueError, match="no rotary embeddings"):
             model(ids, past_key_values=cache_of(APPLY_PE_SHIFT=True))
+
+
+def test_texts_that_positions_pack_into_one_row_are_refused() -> None:
+    model, texts = make_model("llama"), (random_text(5), random_text(7, seed=1))
+    packed = {"input_ids": torch.tensor([texts[0] + texts[1]]), "position_ids": torch.tensor([[*range(5), *range(7)]]), "use_cache": False}
+    with torch.no_grad():
+        assert torch.allclose(model(**packed).logits[:, 5:], model(torch.tensor([texts[1]])).logits, **CLOSE)
+        with attach(model, PATTERN), pytest.raises(ValueError, match="position_ids do not go on within a row"):
+            model(**packed)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (MptConfig(vocab_size=VOCAB, d_model=32, n_layers=2, n_heads=4, max_seq_len=64), "does not run when its attention function is another"),
+        (ModernBertDecoderConfig(**_SHARED | dict.fromkeys(END_TOKENS, 0), intermediate_size=48), "is no plain language model"),
+    ],
+    ids=["mpt", "modernbert-decoder"],
+)
+def test_models_of_other_forms_are_refused_and_left_as_they_were(config: PreTrainedConfig, reason: str) -> None:
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.tensor([random_text(12)])
+    before = model(ids, use_cache=False)[0]
+    with pytest.raises(ValueError, match=reason):
+        attach(model)
+    assert torch.equal(model(ids, use_cache=False)[0], before)
 
 
 def test_what_changes_scores_is_refused() -> None:
