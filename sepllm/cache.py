@@ -172,9 +172,9 @@ class StoredTokens:
     def has_text_in_every_row(self) -> bool:
         return self.sizes.most_empty < self.width
 
-    def slots(self) -> Tensor:
-        """The number of each token among those its row holds; 0 in empty columns. ``[B, S]`` int64"""
-        return (torch.arange(self.width, device=self.first.device) - self.first).clamp_(min=0)
+    def slots(self, start: int = 0) -> Tensor:
+        """The number of each token among those its row holds, from column ``start`` on; 0 in empty columns. ``[B, S - start]`` int64"""
+        return (torch.arange(start, self.width, device=self.first.device) - self.first).clamp_(min=0)
 
     def append(self, ids: Tensor, *, is_text: Tensor | None = None, positions: Tensor | None = None) -> StoredTokens:
         """With ``ids [B, T]`` in T more columns, which may share memory with these: what is here is not to be appended to again.

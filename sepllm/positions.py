@@ -63,8 +63,8 @@ def rotary_table(
 def table_of_frequencies(positions: Tensor, frequencies: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The same for ``frequencies [R / 2]``, radians per position of each pair, in whose dtype the angles are computed."""
     angle = positions[..., None].to(frequencies.dtype) * frequencies
-    angle = torch.cat([angle, angle], -1)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
 
 
 def rotary_frequencies(rotary_dims: int, *, base: float, device: torch.device | str | None = None) -> Tensor:
@@ -82,6 +82,19 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = rotated.chunk(2, -1)
     turned = rotated * cos[:, :, None] + torch.cat([-second, first], -1) * sin[:, :, None]
     return torch.cat([turned, passed], -1)
+
+
+def apply_rotary_once_more(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As `apply_rotary` but for rounding, in a third of its time on a CPU: for all keys of a cache at every token."""
+    half = cos.shape[-1] // 2
+    first, second, passed = x.split([half, half, x.shape[-1] - 2 * half], -1)
+    turned = x[..., : 2 * half] * cos[:, :, None]
+    if passed.shape[-1]:
+        turned = torch.cat([turned, passed], -1)
+    sin = sin[:, :, None, :half]
+    turned[..., :half].addcmul_(second, sin, value=-1)
+    turned[..., half : 2 * half].addcmul_(first, sin)
+    return turned
 
 
 def alibi_slopes(num_heads: int) -> Tensor:

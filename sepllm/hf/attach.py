@@ -19,13 +19,13 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedConfig, Pre
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from sepllm.attention.registry import attend
-from sepllm.hf.cache import SepCache
+from sepllm.hf.cache import SepCache, Table
 from sepllm.hf.configuration_sepllm_gpt_neox import SepLLMGPTNeoXConfig
 from sepllm.hf.falcon import use_interface, use_own_attention
 from sepllm.hf.layout_cache import LayoutLayer, layout_layer
 from sepllm.layout import KeyRanges, TokenLayout
 from sepllm.pattern import AttentionPattern
-from sepllm.positions import apply_rotary, table_of_frequencies
+from sepllm.positions import apply_rotary_once_more, table_of_frequencies
 
 NUM_CHECKED_TOKENS = 8
 """Length of the text on which `attach` compares the model with and without it."""
@@ -260,8 +260,7 @@ class Attachment:
         slots = cache.begin_pass(ids, attention_mask=mask)
         if slots is not None:
             given["position_ids"] = slots
-        turns = cache.pass_turns(0) is not None
-        return _Pass(widths=self._sliding_widths, layout=layout, cache=cache, rotary=self._rotary if turns else None)
+        return _Pass(widths=self._sliding_widths, layout=layout, cache=cache, rotary=self._rotary if cache.shifts_positions else None)
 
     def _check_cache(self, cache: SepCache) -> None:
         cache.check_fits(len(self._sliding_widths), has_sliding_window=any(width is not None for width in self._sliding_widths))
@@ -314,12 +313,12 @@ class _Pass:
     store: LayoutLayer | None = None
     cache: SepCache | None = None
     rotary: _Rotary | str | None = None
-    """Set where keys must be turned to their slots."""
+    """Set where keys may have to be turned to their slots."""
     turn_by: Tensor | None = None
     """``[B, S]``: by how many positions, where no cache says."""
     _ranges: dict[tuple[object, ...], KeyRanges] = field(default_factory=dict)
     _layouts: dict[int | None, TokenLayout] = field(default_factory=dict)
-    _tables: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _tables: dict[tuple[int, torch.device], Table | None] = field(default_factory=dict)
 
     def ranges(self, layer: int, device: torch.device) -> KeyRanges:
         """What the layer's queries read."""
@@ -338,15 +337,22 @@ class _Pass:
 
     def turned(self, q_BTNH: Tensor, k_BSKH: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Queries and keys at their slots instead of the positions that they came with. What is stored stays as it is."""
-        assert isinstance(self.rotary, _Rotary)
-        key = 0 if self.cache is None else self.cache.pass_group(layer)
+        key = 0 if self.cache is None else self.cache.pass_group(layer), k_BSKH.device
         if key not in self._tables:
-            by = self.turn_by if self.cache is None else self.cache.pass_turns(layer)
-            assert by is not None
-            self._tables[key] = self.rotary.table(by.to(k_BSKH.device), k_BSKH.dtype)
-        cos, sin = self._tables[key]
-        first = k_BSKH.shape[1] - q_BTNH.shape[1]
-        return apply_rotary(q_BTNH, cos[:, first:], sin[:, first:]), apply_rotary(k_BSKH, cos, sin)
+            self._tables[key] = self._table(layer, k_BSKH)
+        table = self._tables[key]
+        if table is None:
+            return q_BTNH, k_BSKH
+        (cos, sin), first = table, k_BSKH.shape[1] - q_BTNH.shape[1]
+        return apply_rotary_once_more(q_BTNH, cos[:, first:], sin[:, first:]), apply_rotary_once_more(k_BSKH, cos, sin)
+
+    def _table(self, layer: int, keys: Tensor) -> Table | None:
+        assert isinstance(self.rotary, _Rotary)
+        make = partial(self.rotary.table, dtype=keys.dtype)
+        if self.cache is not None:
+            return self.cache.pass_turns(layer, make)
+        assert self.turn_by is not None
+        return make(self.turn_by.to(keys.device))
 
     def end(self, *, has_succeeded: bool) -> None:
         """What has been read is remembered by the cache."""
@@ -384,7 +390,7 @@ class _Rotary:
         assert isinstance(frequencies, Tensor)
         return cls(frequencies=frequencies)
 
-    def table(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def table(self, positions: Tensor, *, dtype: torch.dtype) -> Table:
         """Cosines and sines ``[B, S, R]`` for ``positions [B, S]``, from angles in fp32."""
         return table_of_frequencies(positions, self.frequencies.to(positions.device, torch.float32), dtype=dtype)
 

@@ -7,7 +7,7 @@ with equal budgets hold the same tokens, so these are worked out once for all of
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypedDict
 
@@ -20,12 +20,16 @@ from transformers.utils import logging
 from sepllm.cache import CacheBudget, CachePolicy, HistoryState, Policy, ReferencePolicy, Step, StoredTokens, TokenHistory, When
 from sepllm.hf.separators import Separators, preset, separators_of
 from sepllm.layout import KeyRanges
-from sepllm.positions import apply_rotary, rotary_table
+from sepllm.positions import apply_rotary_once_more, rotary_table
 
 logger = logging.get_logger(__name__)
 
 Sizes = int | Sequence[int]
 """One number for all layers, or one for each."""
+
+
+Table = tuple[Tensor, Tensor]
+"""Cosines and sines ``[B, S, R]``, as `apply_rotary` takes them."""
 
 
 class LayerState(TypedDict):
@@ -96,6 +100,22 @@ class KeyBuffer:
     def select(self, rows: Tensor) -> None:
         if self.storage is not None:
             self.storage = self.storage.index_select(0, rows.to(self.storage.device))
+
+
+class TurnTable:
+    """By how much the stored keys are to be turned, worked out once for each column: a token that joins moves no other's slot."""
+
+    def __init__(self) -> None:
+        self._first: Tensor | None = None
+        self._cos, self._sin = KeyBuffer(), KeyBuffer()
+
+    def of(self, reads: StoredTokens, make: Callable[[Tensor], Table], *, limit: int) -> Table:
+        """For all columns of ``reads``. Those of the latest call are known if rows still begin where they did then, which a compression changes."""
+        if self._first is not reads.first:
+            self._first, self._cos, self._sin = reads.first, KeyBuffer(), KeyBuffer()
+        start = self._cos.width
+        cos, sin = make(reads.slots(start) - reads.positions[:, start:])
+        return self._cos.append(cos[:, None], limit=limit)[:, 0], self._sin.append(sin[:, None], limit=limit)[:, 0]
 
 
 class SepLayer(CacheLayerMixin):
@@ -256,6 +276,9 @@ class SepCache(Cache):
         self._num_updates = 0
         self._is_handed = False
         self._positions: dict[int, Tensor] = dict(enumerate(_shifted_position_ids or ()))
+        self._turns: dict[tuple[int, torch.device], TurnTable] = {}
+        self._slot_tables: dict[tuple[object, ...], tuple[Step, Table]] = {}
+        """And the step that each is of."""
 
         def policy(budget: CacheBudget) -> Policy:
             ids = frozenset(known.ids)
@@ -397,12 +420,17 @@ class SepCache(Cache):
         step = self._step(0)
         return step.reads.places[:, step.reads.width - step.num_new :].clamp(min=0)
 
-    def pass_turns(self, layer_idx: int) -> Tensor | None:
-        """From the position that each stored key was rotated to, to its slot. ``[B, S]`` int64; None where these are equal."""
+    def pass_turns(self, layer_idx: int, make: Callable[[Tensor], Table]) -> Table | None:
+        """From the position that each stored key was rotated to, to its slot; None where these are equal.
+
+        Asked for after the layer's `update`. ``make``: cosines and sines of positions ``[B, T]`` int64, which are on the device of the layer's keys.
+        """
         step = self._step(layer_idx)
         if not self.shifts_positions or step.is_first or not any(history.has_compressed for history in self.histories):
             return None
-        return step.reads.slots() - step.reads.positions
+        device = self.layers[layer_idx].device
+        table = self._turns.setdefault((self.pass_group(layer_idx), device), TurnTable())
+        return table.of(step.reads, lambda turns: make(turns.to(device)), limit=step.limit)
 
     def _step(self, layer_idx: int) -> Step:
         step = self.layers[layer_idx].history.step
@@ -429,6 +457,8 @@ class SepCache(Cache):
         for history in self.histories:
             history.reset()
         self._positions.clear()
+        self._turns.clear()
+        self._slot_tables.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep these rows, in this order; rows may repeat."""
@@ -528,14 +558,23 @@ class SepCache(Cache):
             raise ValueError(
                 f"pe_dim is {self.pe_dim} but {dims} dimensions are to be rotated: set pe_dim to the head size, or partial_rotation_size."
             )
-        slots = self._slots(step, position_ids, layer_idx)
+        cos, sin = self._slot_table(step, position_ids, layer_idx, dims=dims, like=keys)
+        first = cos.shape[1] - step.num_new
 
-        def turned(x: Tensor, positions: Tensor) -> Tensor:
+        def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             x_BSKH = _swapped(x, self._k_seq_dim).transpose(1, 2)
-            cos, sin = rotary_table(positions, rotary_dims=dims, base=self.rope_base, dtype=x.dtype)
-            return _swapped(apply_rotary(x_BSKH, cos, sin).transpose(1, 2), self._k_seq_dim)
+            return _swapped(apply_rotary_once_more(x_BSKH, cos, sin).transpose(1, 2), self._k_seq_dim)
 
-        return turned(keys, slots), values, turned(queries, slots[:, slots.shape[1] - step.num_new :])
+        return turned(keys, cos, sin), values, turned(queries, cos[:, first:], sin[:, first:])
+
+    def _slot_table(self, step: Step, position_ids: Tensor, layer_idx: int, *, dims: int, like: Tensor) -> Table:
+        """Of each stored token's position. Layers that store the same share one, the reference's aside, which counts in each layer."""
+        kind = self.pass_group(layer_idx), dims, like.dtype, like.device
+        known = self._slot_tables.get(kind)
+        if known is None or known[0] is not step or self.reference_compat:
+            slots = self._slots(step, position_ids, layer_idx).to(like.device)
+            known = self._slot_tables[kind] = step, rotary_table(slots, rotary_dims=dims, base=self.rope_base, dtype=like.dtype)
+        return known[1]
 
     def _slots(self, step: Step, position_ids: Tensor, layer_idx: int) -> Tensor:
         """Position of each stored token. ``[B, S]`` int64"""

@@ -6,6 +6,7 @@ first layer carries it: the layout is the same for all.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -31,7 +32,7 @@ class TokenCache(Protocol):
 
     def pass_places(self) -> Tensor: ...
 
-    def pass_turns(self, layer_idx: int) -> Tensor | None: ...
+    def pass_turns(self, layer_idx: int, make: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None: ...
 
     def end_pass(self) -> None: ...
 

@@ -27,7 +27,7 @@ from sepllm.hf.configuration_sepllm_gpt_neox import SepLLMGPTNeoXConfig, decode_
 from sepllm.hf.layout_cache import TokenCache, layout_layer
 from sepllm.layout import KeyRanges, TokenLayout
 from sepllm.pattern import SelfAdjust, Softmax
-from sepllm.positions import Positions, alibi_slopes, apply_rotary, rotary_table
+from sepllm.positions import Positions, alibi_slopes, apply_rotary, apply_rotary_once_more, rotary_table
 
 logger = logging.get_logger(__name__)
 
@@ -51,13 +51,12 @@ class StoredTexts:
         """Queries and keys at their slots, where positions are shifted and no longer those that they were rotated to."""
         stored = self.cache.pass_group(layer)
         if stored not in self._tables:
-            turns = self.cache.pass_turns(layer)
-            self._tables[stored] = None if turns is None else _rotary(self.config, turns, k_BSNH.dtype)
+            self._tables[stored] = self.cache.pass_turns(layer, lambda turns: _rotary(self.config, turns, k_BSNH.dtype))
         table = self._tables[stored]
         if table is None:
             return q_BTNH, k_BSNH
         (cos, sin), first = table, k_BSNH.shape[1] - q_BTNH.shape[1]
-        return apply_rotary(q_BTNH, cos[:, first:], sin[:, first:]), apply_rotary(k_BSNH, cos, sin)
+        return apply_rotary_once_more(q_BTNH, cos[:, first:], sin[:, first:]), apply_rotary_once_more(k_BSNH, cos, sin)
 
 
 class SepLLMGPTNeoXAttention(nn.Module):

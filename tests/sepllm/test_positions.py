@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sepllm.positions import alibi_slopes, apply_rotary, rotary_frequencies, rotary_table, sinusoidal_table
+from sepllm.positions import alibi_slopes, apply_rotary, apply_rotary_once_more, rotary_frequencies, rotary_table, sinusoidal_table
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 INDEX = json.loads((GOLDEN / "tensors_index.json").read_text())
@@ -33,6 +33,19 @@ def test_rotary_gives_the_golden_vectors(name: str) -> None:
     x, expected = golden("rope_x"), golden(name)
     positions = torch.arange(8) if name == "rope_plain" else torch.tensor(INDEX["rope"]["inter"][0])
     torch.testing.assert_close(rotated(x, positions, dims=6, base=INDEX["rope"]["base"]), expected.to(x.dtype), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dims", [4, 8])
+def test_rotary_once_more_is_rotary_forward_and_backward(dims: int) -> None:
+    torch.manual_seed(0)
+    x, weights = torch.randn(2, 3, 7, 8, dtype=torch.float64).transpose(1, 2), torch.randn(2, 7, 3, 8, dtype=torch.float64)
+    cos, sin = rotary_table(torch.randint(-50, 50, (2, 7)), rotary_dims=dims, base=100.0, dtype=x.dtype)
+    both = []
+    for function in (apply_rotary, apply_rotary_once_more):
+        leaf = x.clone().requires_grad_()
+        turned = function(leaf, cos, sin)
+        both.append((turned, *torch.autograd.grad((turned * weights).sum(), leaf)))
+    torch.testing.assert_close(both[1], both[0])
 
 
 def test_rotary_turns_each_pair_of_dimensions_as_a_complex_number() -> None:

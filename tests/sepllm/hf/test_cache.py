@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from sepllm.hf import SepCache
 from sepllm.hf import cache as module
 from sepllm.hf.separators import PRESETS, separators_of
+from sepllm.positions import rotary_table
 
 TRACES: list[dict[str, Any]] = json.loads((Path(__file__).parents[2] / "golden" / "sepcache.json").read_text(encoding="utf-8"))
 SHIFTED: list[dict[str, Any]] = json.loads((Path(__file__).parents[2] / "golden" / "sepcache_pe_shift.json").read_text(encoding="utf-8"))
@@ -135,6 +136,31 @@ def test_a_prompt_is_kept_whole_and_several_tokens_can_be_told_not_to_be_one() -
         keys, _ = early.update(numbered(1, list(range(12))), numbered(1, list(range(12))), 0, ids[:, :12], PREFILLING_FLAG=flag)
         assert keys.shape[2] == 12, "the prompt reads itself whole"
         assert early.key_cache[0][0, 0, :, 0].tolist() == [0, 4, 7, 9, 10, 11]
+
+
+def test_how_far_keys_are_turned_is_worked_out_for_new_columns_only() -> None:
+    """Until a compression or another order of rows moves the others; once for layers that store the same."""
+    cache = SepCache(1, 2, 2, 16, USE_MAX_SEP_CACHE=True, separator_token_ids=[9], PADDING_ID=0, layer_num=2, APPLY_PE_SHIFT=True)
+    generator, new, asked = torch.Generator().manual_seed(0), torch.zeros(2, 2, 1, 4), []
+
+    def make(turns: Tensor) -> tuple[Tensor, Tensor]:
+        asked.append(turns.shape[1])
+        return rotary_table(turns, rotary_dims=4, base=100.0, dtype=torch.float32)
+
+    for place in range(40):
+        cache.begin_pass(torch.randint(7, 11, (2, 1), generator=generator), attention_mask=torch.tensor([[place > 2], [True]]))
+        for layer in range(2):
+            cache.update(new, new, layer)
+            found, stored = cache.pass_turns(layer, make), cache.histories[0].step.reads
+            if found is not None:
+                expected = rotary_table(stored.slots() - stored.positions, rotary_dims=4, base=100.0, dtype=torch.float32)
+                assert all(map(torch.equal, found, expected))
+        cache.end_pass()
+        if place == 25:
+            cache.reorder_cache(torch.tensor([1, 1]))
+    assert not any(asked[1::2]), "the second layer's columns are the first one's"
+    assert asked[::2].count(1) > len(asked[::2]) // 2
+    assert max(asked) > 4, "a compression moved all of them"
 
 
 def test_rows_with_fewer_tokens_are_told_apart_by_the_mask() -> None:
