@@ -148,9 +148,9 @@ class SepLayer(CacheLayerMixin):
         read = self.keys, self.values = self._keys.append(key_states, limit=step.limit), self._values.append(value_states, limit=step.limit)
         if step.source is None:
             return read
-        in_place = step.compresses == "before reading"
-        self.keys = self._keys.keep(step.source, limit=step.limit, in_place=in_place)
-        self.values = self._values.keep(step.source, limit=step.limit, in_place=in_place)
+        in_place, source = step.compresses == "before reading", step.source.to(key_states.device)
+        self.keys = self._keys.keep(source, limit=step.limit, in_place=in_place)
+        self.values = self._values.keep(source, limit=step.limit, in_place=in_place)
         return (self.keys, self.values) if in_place else read
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -163,6 +163,19 @@ def test_how_far_keys_are_turned_is_worked_out_for_new_columns_only() -> None:
     assert max(asked) > 4, "a compression moved all of them"
 
 
+@pytest.mark.parametrize("shifts", [False, True])
+def test_layers_may_lie_on_several_devices(shifts: bool) -> None:
+    """The second layer's is one that holds no numbers: it refuses tensors of another, as every device does."""
+    cache = SepCache(1, 2, 2, 8, USE_MAX_SEP_CACHE=True, separator_token_ids=[9], PADDING_ID=0, layer_num=2, APPLY_PE_SHIFT=shifts, pe_dim=8)
+    for place in range(20):
+        ids, positions = torch.full((2, 1), 7 + place % 4), torch.full((2, 1), place)
+        for layer, device in enumerate(("cpu", "meta")):
+            new = torch.zeros(2, 2, 1, 8, device=device)
+            read = cache.update(new, new, layer, input_ids=ids, query_states=new, position_ids=positions)
+            assert {tensor.device.type for tensor in read} == {device}
+    assert cache.get_usable_length() < 20
+
+
 def test_rows_with_fewer_tokens_are_told_apart_by_the_mask() -> None:
     ids = torch.tensor([[0, 0, 0, 5, 9, 5], [9, 5, 9, 5, 9, 5]])
     cache = SepCache(1, 2, 2, 6, USE_MAX_SEP_CACHE=True, separator_token_ids=[9], PADDING_ID=0, layer_num=1, compress_prefill=True)
