@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +21,8 @@ class Sampling:
     """Draw from the fewest most likely tokens whose probabilities reach this sum. 0 (or 1): from all."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}: it must be 0 (greedy) or positive.")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}: it must be 0 (greedy) or a positive number.")
         if self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}: it counts tokens and must be 0 (off) or positive.")
         if not 0 <= self.top_p <= 1:
@@ -36,8 +37,13 @@ def next_tokens(logits: Tensor, sampling: Sampling, *, generator: torch.Generato
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    kept = keep_top_p(keep_top_k(logits.float() / sampling.temperature, sampling.top_k), sampling.top_p)
+    kept = keep_top_p(keep_top_k(_divided(logits.float(), sampling.temperature), sampling.top_k), sampling.top_p)
     return torch.multinomial(kept.softmax(-1), 1, generator=generator).squeeze(-1)
+
+
+def _divided(logits: Tensor, temperature: float) -> Tensor:
+    """The logits of a temperature, less the largest of each row, so that none overflows however small the temperature is."""
+    return (logits - logits.amax(-1, keepdim=True)) / max(temperature, torch.finfo(logits.dtype).tiny)
 
 
 def keep_top_k(logits: Tensor, count: int) -> Tensor:

@@ -70,7 +70,17 @@ def test_filtered_tokens_are_never_drawn() -> None:
     assert set(drawn.tolist()) == set(logits[0].topk(5).indices.tolist())
 
 
-@pytest.mark.parametrize(("field", "value"), [("temperature", -0.1), ("top_k", -1), ("top_p", 1.5), ("top_p", -0.5)])
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-45, 1e-60, 5e-324])
+def test_the_smaller_the_temperature_the_likelier_the_most_likely_token(temperature: float) -> None:
+    logits = 100 * torch.randn(20, 50)
+    for sampling in (Sampling(temperature=temperature), Sampling(temperature=temperature, top_k=5, top_p=0.9)):
+        assert torch.equal(next_tokens(logits, sampling), logits.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")), ("top_k", -1), ("top_p", 1.5), ("top_p", -0.5)],
+)
 def test_values_outside_their_range_are_named(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=field):
         Sampling(**{field: value})
