@@ -14,7 +14,7 @@ from pydantic import JsonValue
 from megatron.config.keys import ALIASES, KEYS, Honoured, Inert, Refused, canonical, nearest
 from megatron.config.schema import Group
 from megatron.config.source import Entry
-from megatron.config.values import numbers_from_text
+from megatron.config.values import not_finite, numbers_from_text
 
 T = TypeVar("T", int, float, bool, str)
 G = TypeVar("G", bound=Group)
@@ -198,6 +198,8 @@ def _check(settings: Settings, key: str, given: Given) -> None:
         except ValueError:
             settings.broken.add(key)
             settings.mistakes.append(f"{place}: {given.written} is {_shown(value)}: give {rule.kind.words}.")
+        except Unreadable:
+            settings.broken.add(key)
 
 
 def _read(settings: Settings, key: str, given: Given) -> JsonValue:
@@ -207,6 +209,9 @@ def _read(settings: Settings, key: str, given: Given) -> JsonValue:
         value, found = numbers_from_text(given.value, path=key)
         for member in found:
             settings.notes.append(f"{settings.place(member.path)}: YAML reads {member.path} {member.text!r} as text; taken as {member.number:g}.")
+        endless = [settings.fail([path], f"{path} is {number}: give a finite number.") for path, number in not_finite(value, path=key)]
+        if endless:
+            raise endless[0]
         return rule.kind.read(value)
     result = rule.kind.read(given.value)
     if isinstance(given.value, str) and isinstance(result, int | float):

@@ -5,8 +5,9 @@ YAML 1.1 reads ``6e-4`` as text, so text that is a number is taken as one wherev
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from pydantic import JsonValue
@@ -158,6 +159,18 @@ def numbers_from_text(value: JsonValue, *, path: str) -> tuple[JsonValue, list[N
         exact = int(parsed) if parsed.is_integer() else parsed
         return exact, [NumberInText(path=path, text=value, number=exact)]
     return value, found
+
+
+def not_finite(value: JsonValue, *, path: str) -> Iterator[tuple[str, float]]:
+    """Every infinity and NaN inside a block, with its path: YAML has them (`.inf`, `.nan`, 1.0e+999), JSON has not."""
+    if isinstance(value, dict):
+        for key, member in value.items():
+            yield from not_finite(member, path=f"{path}.{key}")
+    elif isinstance(value, list):
+        for item in value:
+            yield from not_finite(item, path=path)
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield path, value
 
 
 def words(text: str) -> tuple[str, ...]:

@@ -222,6 +222,18 @@ def test_a_configuration_survives_its_json(resolve: Resolve) -> None:
     assert config_from_json(config_to_json(config)) == config
 
 
+@pytest.mark.parametrize(("number", "words"), [(".inf", "inf"), ("-.inf", "-inf"), (".nan", "nan"), ("1.0e+999", "inf"), ("1e999", "inf")])
+def test_what_json_cannot_hold_is_refused_wherever_it_stands(tmp_path: Path, number: str, words: str) -> None:
+    """The workers get their configuration as JSON, in which it would be null."""
+    extra = "{\nflops_profiler: {enabled: true,\n profile_step: NUMBER},\nzero_optimization: {stage: 3, offload_param: {buffer_count: [NUMBER]}}}"
+    paths = write(tmp_path, size=SIZE, method=METHOD, extra=extra.replace("NUMBER", number))
+    assert errors(paths, overrides=dict([parse_override(f"comms_logger.verbose={number}")])) == [
+        f"extra.yml:3: flops_profiler.profile_step is {words}: give a finite number.",
+        f"extra.yml:4: zero_optimization.offload_param.buffer_count is {words}: give a finite number.",
+        f"--set comms_logger.verbose: comms_logger.verbose is {words}: give a finite number.",
+    ]
+
+
 def test_the_launchers_keys_can_be_read_before_devices_are_counted(tmp_path: Path) -> None:
     paths = write(tmp_path, size=SIZE, method=METHOD, extra='{"hostfile": "hosts", "launcher": "SLURM", "account": "me", "num_gpus": 2}')
     launch = load_launch(paths, overrides={"num_gpus": 3})
