@@ -26,6 +26,7 @@ from tools.bench.rows import Pass, Row, Text, Timings, panels_of, rows_of, table
 from tools.bench.stopwatch import Elapsed, Stopwatch
 from tools.bench.text import TokenStream, add_text_flags, chosen_stream, usual_rows
 from tools.bench.variants import Variant, variants
+from tools.command import until_stopped
 
 CAUSAL_DTYPES = ("fp32", "bf16")
 """Dense causal attention is timed in these, whatever the others compute in."""
@@ -216,4 +217,4 @@ def _as_dicts(spreads: dict[Pass, Ratio]) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(until_stopped(main))

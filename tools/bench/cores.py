@@ -28,6 +28,7 @@ from tools.bench.measure import Ratio, interleave
 from tools.bench.problem import INITIAL_TOKENS, Inputs
 from tools.bench.stopwatch import Elapsed, Stopwatch
 from tools.bench.text import TokenStream, add_text_flags, chosen_stream
+from tools.command import until_stopped
 
 TOLERANCE = 1.25
 """`auto` may be this many times slower than the fastest core: cores closer than that change places from run to run."""
@@ -205,4 +206,4 @@ def table_of(verdicts: Sequence[Verdict], cores: Sequence[str]) -> report.Table:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(until_stopped(main))

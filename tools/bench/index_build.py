@@ -26,6 +26,7 @@ from megatron.data.index_builder import load
 from megatron.data.packing import SampleIndex, SampleRequest, build_index, num_epochs, num_packed_samples, shuffle_dtype
 from tools.bench import report
 from tools.bench.machine import ROOT, describe, peak_rss_bytes
+from tools.command import until_stopped
 
 REPEATS = 3
 MIB = 2.0**20
@@ -197,4 +198,4 @@ def defined_sample_index(sizes: NDArray, order: NDArray, *, seq_length: int, num
 CONTENDERS: dict[str, Callable[[SampleRequest, NDArray[np.int32]], SampleIndex]] = {"c++": build_index, "numpy": defined_index}
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(until_stopped(main))

@@ -34,6 +34,7 @@ from megatron.training.metrics import metrics_path
 from megatron.training.weights import read_weights
 from tools.bench import report
 from tools.bench.machine import ROOT, describe
+from tools.command import until_stopped
 
 BASE = ROOT / "configs" / "local" / "tiny.yml"
 PAGE = ROOT / "docs" / "parallel.md"
@@ -454,4 +455,4 @@ def _figure(row: Mapping[str, object], name: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(until_stopped(main))

@@ -31,6 +31,7 @@ from tools.bench import report
 from tools.bench.arms import ALL_ARMS, PRECISIONS, Trainee, config_of
 from tools.bench.machine import describe
 from tools.bench.text import DEMO_FOLDER
+from tools.command import until_stopped
 from tools.datasets import demo_corpus
 
 WANTED = 20.0
@@ -172,4 +173,4 @@ def delivery(dataset: GPTDataset, config: Config, *, workers: int, seconds: floa
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(until_stopped(main))

@@ -39,6 +39,7 @@ from megatron.data.tokenizer import END_OF_TEXT
 from tools.bench import report
 from tools.bench.machine import ROOT, describe
 from tools.bench.measure import Ratio, interleave, rounds_for
+from tools.command import until_stopped
 from tools.datasets.documents import find_sources, read_documents
 from tools.datasets.encoding import TextRecipe
 from tools.datasets.preprocess import preprocess
@@ -302,4 +303,4 @@ def _memory_table(moments: Sequence[Moment]) -> report.Table:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(until_stopped(main))

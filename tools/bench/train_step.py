@@ -33,6 +33,7 @@ from tools.bench.parity import compare
 from tools.bench.step_rows import Row, panels_of, reached, row_of, table_of
 from tools.bench.text import TokenStream, add_text_flags, chosen_stream, usual_rows
 from tools.bench.turns import Assignment, Check, Worker
+from tools.command import until_stopped
 
 AGREEMENT = {"fp32": 1e-4, "bf16": 5e-2}
 """Largest distance of an arm's loss from the portable core's, and of its gradient over the norm of that."""
@@ -220,4 +221,4 @@ def batch_of(arguments: argparse.Namespace, length: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(until_stopped(main))

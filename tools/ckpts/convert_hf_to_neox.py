@@ -39,6 +39,7 @@ from tools.ckpts.neox_files import ParallelSizes, write_weights
 from tools.ckpts.neox_keys import NeoxKeys, neox_keys
 from tools.ckpts.saved_config import HF_FOLDER, run_config
 from tools.ckpts.verification import EMBEDDINGS, Differences, compare
+from tools.command import until_stopped
 
 PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bfloat16"}
 
@@ -207,4 +208,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(until_stopped(main))

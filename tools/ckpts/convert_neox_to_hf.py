@@ -30,6 +30,7 @@ from tools.ckpts.hf_tokenizer import hf_tokenizer
 from tools.ckpts.mapping import neox_to_hf
 from tools.ckpts.saved_config import origin, origin_folder, run_config
 from tools.ckpts.verification import EMBEDDINGS, Differences, compare
+from tools.command import until_stopped
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
 
@@ -192,4 +193,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(until_stopped(main))

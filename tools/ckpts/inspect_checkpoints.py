@@ -26,6 +26,7 @@ from megatron.training.manifest import MANIFEST, SAVING, Manifest, finished_iter
 from megatron.training.weights import engine_state, read_weights, saved_config_files, step_directory
 from tools.ckpts.hf_folder import read_config, read_state
 from tools.ckpts.saved_config import run_config
+from tools.command import until_stopped
 
 _NOT_THE_RUN = ("files", "overrides", "runtime", "batch", "launch")
 """Groups of a configuration that say where a run ran."""
@@ -241,4 +242,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(until_stopped(main))

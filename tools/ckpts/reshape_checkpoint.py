@@ -28,6 +28,7 @@ from megatron.training.weights import OVERRIDES, engine_state, read_weights, sav
 from tools.ckpts.neox_files import ParallelSizes, write_weights
 from tools.ckpts.saved_config import HF_FOLDER, run_config
 from tools.ckpts.verification import EMBEDDINGS
+from tools.command import until_stopped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,4 +105,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(until_stopped(main))

@@ -21,6 +21,7 @@ import yaml
 
 from megatron.config.loader import load_config
 from megatron.launch.resources import visible_gpus
+from tools.command import until_stopped
 from tools.demo.report import Run, bigram_floor, draw, table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,4 +148,4 @@ def run(title: str, *command: object, environment: dict[str, str] | None = None,
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(until_stopped(main))

@@ -24,6 +24,7 @@ import yaml
 
 from tools.bench import report
 from tools.bench.machine import describe
+from tools.command import until_stopped
 from tools.demo.__main__ import CONFIG, METHODS, OUT, ROOT, Method, devices, run
 from tools.demo.report import smooth
 
@@ -200,4 +201,4 @@ def draw(arms: Sequence[Arm], path: Path, *, beginning: float) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(until_stopped(main))

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from sepllm.layout import KeyRanges, TokenLayout
 from sepllm.pattern import AttentionPattern
+from tools.command import until_stopped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -240,4 +241,4 @@ def tint(label: Text, kind: Kind) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(until_stopped(main))

@@ -27,6 +27,7 @@ from megatron.config.schema import Config
 from megatron.data.tokenizer import build_tokenizer, find_separator_ids
 from tools.bench.machine import describe
 from tools.bench.report import RESULTS, base_name
+from tools.command import until_stopped
 from tools.datasets import demo_corpus
 from tools.sepllm.study.document import Study
 from tools.sepllm.study.figure import draw
@@ -139,4 +140,4 @@ def as_json(study: Study) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(until_stopped(main))

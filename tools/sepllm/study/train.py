@@ -27,6 +27,7 @@ from megatron.training.ratios import Ratios
 from megatron.training.step import StepReport, train_step
 from megatron.training.trainer import prepare
 from sepllm.pattern import AttentionPattern
+from tools.command import until_stopped
 from tools.sepllm.rows import DatasetTokens, row_blocks
 from tools.sepllm.study.results import Point, RunResult, fingerprint
 
@@ -140,4 +141,4 @@ def token_losses(model: GPTModel, rows: Tensor, pattern: AttentionPattern) -> Te
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(until_stopped(main))
