@@ -27,6 +27,7 @@ from megatron.parallel.collectives import barrier, gather_objects
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.shards import RowBiases, split
 from megatron.training.cadence import iterations_to_delete
+from megatron.training.loss_scale import kept_scaling
 from megatron.training.manifest import MANIFEST, SAVING, Found, Manifest, SavedSchedule, Shape, finished_iterations
 from megatron.training.optimizer_files import MASTER, PARAMETER_NAMES, SavedOptimizer, parameter_names
 from megatron.training.progress import Progress
@@ -142,13 +143,16 @@ def weights_of(found: Found, model: ModelConfig, *, row_biases: RowBiases = "sum
 
 def load_training_state(engine: DeepSpeedEngine, found: Found) -> None:
     """Weights, optimizer state and DeepSpeed's counters of a checkpoint that this program wrote, into the engine, whose parameter groups keep
-    the settings of this run: weight decay, betas."""
+    the settings of this run: weight decay, betas; so do clipping and the loss scale."""
     settings = [{key: value for key, value in group.items() if key != "params"} for group in engine.optimizer.param_groups]
-    loaded, _ = engine.load_checkpoint(str(found.folder.parent), tag=found.folder.name, load_lr_scheduler_states=False)
+    with kept_scaling(engine):
+        loaded, _ = engine.load_checkpoint(str(found.folder.parent), tag=found.folder.name, load_lr_scheduler_states=False)
     if loaded is None:
         raise ValueError(f"DeepSpeed found nothing to load in {found.folder}: its mp_rank_*_model_states.pt files are missing.")
     for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
         group.update(own)
+    if hasattr(engine.optimizer, "clip_grad"):
+        engine.optimizer.clip_grad = engine.gradient_clipping()
 
 
 def rearrange_training_state(engine: DeepSpeedEngine, found: Found, model: ModelConfig, mesh: Mesh) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.model.names import weight_name
+from megatron.training.loss_scale import go_on_scaling
 from megatron.training.optimizer_files import MASTER, SavedOptimizer
 
 if TYPE_CHECKING:
@@ -31,8 +32,7 @@ def load_rearranged(engine: DeepSpeedEngine, saved: SavedOptimizer, own: Own, *,
         for moved, state in engine.basic_optimizer.state.items():
             state["step"] = torch.tensor(float(saved.step), device=moved.device)
     if saved.loss_scale is not None:
-        scaler = getattr(engine.optimizer, "loss_scaler", None) or engine.optimizer.loss_scale_config
-        scaler.cur_scale = saved.loss_scale
+        go_on_scaling(engine, {"cur_scale": saved.loss_scale})
     engine.global_steps, engine.skipped_steps = applied_steps + skipped_steps, skipped_steps
     engine.global_samples = engine.global_steps * engine.train_batch_size()
 

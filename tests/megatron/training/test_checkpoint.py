@@ -168,6 +168,22 @@ def test_settings_of_the_optimizer_are_the_configurations(make_config: MakeConfi
     assert losses[0][1] != losses[1][1]
 
 
+@pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("bfloat16", 0), ("bfloat16", 1), ("bfloat16", 3)])
+def test_gradients_are_clipped_as_the_configuration_says(make_config: MakeConfig, tmp_path: Path, precision: str, stage: int) -> None:
+    """A changed bound holds from the first step of the resumed run."""
+    plain = {"precision": precision, "zero_stage": stage}
+    first = make_config(training={"train_iters": 3}, optimizer={"type": "sgd"}, **plain)
+    train(first)
+    losses = []
+    for bound in (1.0, 0.01):
+        checkpoint = {"save": str(tmp_path / f"{bound}"), "load": first.checkpoint.save}
+        second = make_config(optimizer={"type": "sgd", "gradient_clipping": bound}, checkpoint=checkpoint, **plain)
+        train(second)
+        losses.append(losses_of(second))
+    assert losses[0][0] == losses[1][0]
+    assert losses[0][1] != losses[1][1]
+
+
 @pytest.mark.parametrize(("changes", "takes"), [({}, True), ({"model_parallel_size": 2}, False), ({"pipe_parallel_size": 2}, False)])
 def test_random_states_are_those_of_as_many_shards_and_stages(saved: Path, make_config: MakeConfig, changes: dict[str, object], takes: bool) -> None:
     """Two replicas draw differently, two shards must draw alike."""

@@ -90,3 +90,19 @@ def test_norms_of_parameters_are_free_of_the_loss_scale(make_half: MakeHalf, sta
     for line in metrics_of(config):
         squares = [value**2 for name, value in line.items() if name.startswith("gradient_norms/")]
         assert math.sqrt(sum(squares)) == pytest.approx(line["train/grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (1, 1), (3, 3), (0, 1), (3, 0)])
+def test_a_resumed_run_scales_by_its_own_configuration(make_half: MakeHalf, tmp_path: Path, before: int, after: int) -> None:
+    """A dynamic scale goes on from where it was (of a run that was spread otherwise, with its steps counted anew); when it grows, and whether
+    it moves at all, is the new configuration's to say."""
+    slow = {"loss_scale": 0.0, "initial_scale_power": 6, "loss_scale_window": 100, "hysteresis": 1}
+    first = make_half(zero_stage=before, loss_scale=slow, training={"train_iters": 3, "eval_iters": 0})
+    train(first)
+    expected = {"window": [128.0, 256.0, 512.0] if before == after else [64.0, 128.0, 256.0], "floor": [1024.0] * 3, "fixed": [32.0] * 3}
+    changes = {"window": {"loss_scale_window": 1, "initial_scale_power": 9}, "floor": {"min_loss_scale": 1024.0}, "fixed": {"loss_scale": 32.0}}
+    for name, change in changes.items():
+        checkpoint = {"save": str(tmp_path / name), "load": first.checkpoint.save}
+        second = make_half(zero_stage=after, loss_scale=slow | change, checkpoint=checkpoint, training={"train_iters": 6, "eval_iters": 0})
+        train(second)
+        assert figures(second, "train/loss_scale") == expected[name], name
