@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron.config.precision import accumulation_precision
 from megatron.config.schema import BatchConfig, Config
 
 _PYTHIA_BATCH = 1024
@@ -41,6 +42,17 @@ def advice(config: Config) -> Iterator[str]:
         yield "wall_clock_breakdown: of a pipeline only the wait for data is timed, because DeepSpeed 0.19's engine fails with its timers on."
     if config.parallel.sequence_parallel and config.parallel.model_parallel_size == 1:
         yield "sequence_parallel has no effect where model_parallel_size is 1."
+    if config.batch.gradient_accumulation_steps > 1 and accumulation_precision(config) == "bfloat16":
+        yield _rounded_sums(config)
+
+
+def _rounded_sums(config: Config) -> str:
+    """That DeepSpeed sums in bf16, which it does at every ZeRO stage unless it is told otherwise, and how to tell it."""
+    remedy = "set data_types.grad_accum_dtype to fp32" + (" and zero_optimization.stage to 1" if config.parallel.zero_stage == 0 else "")
+    return (
+        f"the gradients of {config.batch.gradient_accumulation_steps} micro-batches are summed in bf16, which rounds every sum to 8 bits: {remedy} "
+        "to sum them in fp32."
+    )
 
 
 def _other_batch(batch: BatchConfig, shape: str) -> str:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from megatron.config.keys import KEYS, Confirmed
+from megatron.config.precision import accumulation_precision, asked_accumulation
 from megatron.config.schema import Config
 from megatron.config.settings import Mistake, Settings, Unreadable
 
@@ -308,6 +309,18 @@ def _check_cross_entropy(settings: Settings, config: Config) -> Iterator[Mistake
         yield Mistake(keys=("fp16_lm_cross_entropy",), text=text)
 
 
+def _check_accumulation(settings: Settings, config: Config) -> Iterator[Mistake]:
+    given, summed, precision = asked_accumulation(config), accumulation_precision(config), config.precision.precision
+    if summed is None:
+        yield Mistake(keys=("data_types.grad_accum_dtype",), text=f"data_types.grad_accum_dtype is {given!r}: give fp32, fp16 or bf16.")
+    elif summed != precision and config.parallel.zero_stage == 0:
+        text = (
+            f"data_types.grad_accum_dtype is {given} and the precision is {precision}: without ZeRO, DeepSpeed 0.19 sums gradients in the "
+            "precision of the model only. Set zero_optimization.stage to 1, or take data_types.grad_accum_dtype out."
+        )
+        yield Mistake(keys=("data_types.grad_accum_dtype", "zero_optimization.stage"), text=text)
+
+
 def _check_pipeline(settings: Settings, config: Config) -> Iterator[Mistake]:
     stages, method, precision = config.parallel.pipe_parallel_size, config.parallel.pipe_partition_method, config.precision.precision
     if stages <= 1:
@@ -425,6 +438,7 @@ _CONFIG_CHECKS: tuple[Callable[[Settings, Config], Iterator[Mistake]], ...] = (
     _check_vocabulary,
     _check_padded_vocabulary,
     _check_cross_entropy,
+    _check_accumulation,
     _check_pipeline,
     _check_tensor_parallel,
     _check_compile,

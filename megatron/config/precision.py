@@ -6,7 +6,7 @@ from typing import cast
 
 from pydantic import JsonValue
 
-from megatron.config.schema import PrecisionConfig
+from megatron.config.schema import Config, PrecisionConfig
 from megatron.config.settings import Settings, copied
 from megatron.config.values import NOT_NEGATIVE, SIZE
 
@@ -18,6 +18,18 @@ _FP16_STRIPPED = ("fp16", "type")
 """Members of GPT-NeoX that DeepSpeed 0.19 does not take."""
 _TOP_LEVEL = {"loss_scale": "loss_scale", "loss_scale_window": "loss_scale_window", "hysteresis": "hysteresis", "min_loss_scale": "min_scale"}
 """Member of the fp16 block -> the top-level key that may give it instead."""
+
+_WORDS = {
+    "fp32": "fp32",
+    "float32": "fp32",
+    "float": "fp32",
+    "fp16": "fp16",
+    "float16": "fp16",
+    "half": "fp16",
+    "bf16": "bfloat16",
+    "bfloat16": "bfloat16",
+}
+"""DeepSpeed's words for a precision -> ours."""
 
 
 def resolve_precision(settings: Settings) -> PrecisionConfig:
@@ -32,6 +44,19 @@ def resolve_precision(settings: Settings) -> PrecisionConfig:
     power = _number_member(settings, fp16, "initial_scale_power")
     fields |= {} if power is None else {"initial_scale_power": power}
     return copied(settings, PrecisionConfig, precision=_chosen_precision(settings, fp16=fp16, bf16=bf16), **fields)
+
+
+def accumulation_precision(config: Config) -> str | None:
+    """The precision in which the gradients of a step's micro-batches are summed: the model's own, unless data_types.grad_accum_dtype names another.
+    None: it names none that DeepSpeed sums in."""
+    given = asked_accumulation(config)
+    return config.precision.precision if given is None else _WORDS.get(str(given).removeprefix("torch."))
+
+
+def asked_accumulation(config: Config) -> JsonValue:
+    """data_types.grad_accum_dtype as it is given, or None."""
+    block = config.deepspeed.get("data_types")
+    return block.get("grad_accum_dtype") if isinstance(block, dict) else None
 
 
 def _chosen_precision(settings: Settings, *, fp16: dict[str, JsonValue], bf16: dict[str, JsonValue]) -> str:

@@ -12,6 +12,7 @@ from megatron.config.loader import LoadedConfig
 Resolve = Callable[..., LoadedConfig]
 Mistakes = Callable[..., tuple[str, ...]]
 SEPLLM: dict[str, object] = {"separator_token_ids": [5, 6], "prefill_local_window_size": 8}
+FP32_SUMS: dict[str, object] = {"data_types": {"grad_accum_dtype": "fp32"}}
 PATHS = {f"{split}_data_paths": ["a", "b"] for split in ("train", "valid", "test")}
 
 
@@ -61,6 +62,10 @@ PATHS = {f"{split}_data_paths": ["a", "b"] for split in ("train", "valid", "test
         ({**SEPLLM, "BATCH_ADAPTIVE_INIT_POS": True, "PADDING_ID": 600}, "PADDING_ID holds 600"),
         ({"padded_vocab_size": 128}, "the tokenizer has 512 tokens but the model's vocabulary (padded_vocab_size) has 128"),
         ({"account": "me"}, "set launcher to slurm"),
+        ({"bf16": {"enabled": True}, **FP32_SUMS}, "is fp32 and the precision is bfloat16: without ZeRO, DeepSpeed 0.19 sums"),
+        ({"precision": "fp16", **FP32_SUMS}, "is fp32 and the precision is fp16"),
+        ({"data_types": {"grad_accum_dtype": "bfloat16"}}, "is bfloat16 and the precision is fp32"),
+        ({"data_types": {"grad_accum_dtype": "fp8"}, "zero_optimization": {"stage": 1}}, "grad_accum_dtype is 'fp8': give fp32, fp16 or bf16."),
     ],
 )
 def test_what_contradicts_is_named_with_a_remedy(keys: dict[str, object], words: str, mistakes: Mistakes) -> None:
