@@ -24,6 +24,7 @@ from pathlib import Path
 
 from tools.bench.machine import ROOT
 from tools.bench.text import add_text_flags
+from tools.command import until_stopped
 
 FOLDER = Path("runs/bench-gpu")
 LAST_LINES = 12
@@ -169,4 +170,4 @@ def _write(folder: Path, ended: Mapping[str, Ended]) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the step under way ends too
-    sys.exit(main())
+    sys.exit(until_stopped(main))
