@@ -36,7 +36,7 @@ class LearningRate:
         peak, end, warmup = self.config.lr, self.config.lr_decay_iters, self.warmup_steps
         if warmup > 0 and step <= warmup:
             first = 1 if self.config.lr_schedule_version == "v3" else 0
-            return peak * max(first, step) / warmup
+            return min(peak * max(first, step) / warmup, peak)  # of a warmup shorter than a step GPT-NeoX makes many times the peak
         length = end - warmup
         if length <= 0:
             return peak if self.config.lr_decay_style == "constant" else max(_descended(self.config, 1, 1), self.config.min_lr)

@@ -90,6 +90,13 @@ def test_without_warmup_the_first_step_has_the_peak(version: str) -> None:
     assert rate("cosine", version, 0, warmup=0.0) == pytest.approx(PEAK)
 
 
+@pytest.mark.parametrize("version", ["v1", "v2", "v3"])
+@pytest.mark.parametrize("style", STYLES)
+def test_a_warmup_shorter_than_a_step_does_not_pass_the_peak(style: str, version: str) -> None:
+    """A hundredth, the default, of a run of four steps."""
+    assert max(rate(style, version, step, end=4, warmup=0.01) for step in range(5)) <= PEAK
+
+
 @pytest.mark.parametrize("version", ["v2", "v3"])
 @pytest.mark.parametrize("style", STYLES)
 def test_a_schedule_that_is_all_warmup_has_an_end(style: str, version: str) -> None:
