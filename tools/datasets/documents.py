@@ -83,7 +83,7 @@ def texts_of(source: Source, record: Record, keys: Sequence[str]) -> tuple[str, 
     fields = content if isinstance(content, Mapping) else {}
     for key in keys:
         if not isinstance(fields.get(key), str):
-            raise _nothing_under(key, "text", source.place(record), fields)
+            raise _nothing_under(key, "text", source.place(record), content)
     return tuple(fields[key] for key in keys)
 
 
@@ -93,7 +93,7 @@ def lists_of(source: Source, record: Record, keys: Sequence[str]) -> tuple[list[
     fields = content if isinstance(content, Mapping) else {}
     for key in keys:
         if not isinstance(fields.get(key), list):
-            raise _nothing_under(key, "list", source.place(record), fields)
+            raise _nothing_under(key, "list", source.place(record), content)
     return tuple(fields[key] for key in keys)
 
 
@@ -207,5 +207,11 @@ def _parsed(source: Source, record: Record) -> object:
         raise ValueError(f"{place} is not JSON ({error}): give one object a line.") from error
 
 
-def _nothing_under(key: str, wanted: str, place: str, fields: Mapping[str, object]) -> ValueError:
-    return ValueError(f"{place} has no {wanted} under {key!r} (it has {', '.join(fields) or 'no fields'}): name the field with --jsonl-keys.")
+def _nothing_under(key: str, wanted: str, place: str, content: object) -> ValueError:
+    missing = f"{place} has no {wanted} under {key!r}"
+    if not isinstance(content, Mapping):
+        kind = "a JSON list" if isinstance(content, list) else f"a JSON {type(content).__name__}"
+        return ValueError(f"{missing}, as it is {kind} and has no fields: write each object on a line of its own.")
+    if key in content:
+        return ValueError(f"{missing} but {json.dumps(content[key], default=str)[:40]}: give it a {wanted}, or take the document out.")
+    return ValueError(f"{missing} (it has {', '.join(content) or 'no fields'}): name the field with --jsonl-keys.")

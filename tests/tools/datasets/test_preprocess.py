@@ -100,8 +100,9 @@ def test_many_processes_write_what_one_writes(tmp_path: Path, monkeypatch: pytes
 FAULTS = {
     "no JSON": (b'{"text": "a"}\n{"text": \n', r"x.jsonl, line 2 is not JSON"),
     "another field": (b'{"text": "a"}\n\n{"content": "b"}\n', r"x.jsonl, line 3 has no text under 'text' \(it has content\)"),
-    "a number": (b'{"text": 3}\n', "line 1 has no text under 'text'"),
-    "a list": (b'["text"]\n', "it has no fields"),
+    "a number": (b'{"text": 3}\n', "line 1 has no text under 'text' but 3: give it a text, or take the document out."),
+    "nothing": (b'{"text": null}\n', "line 1 has no text under 'text' but null: give it a text"),
+    "a list": (b'[{"text": "a"}, {"text": "b"}]\n', "as it is a JSON list and has no fields: write each object on a line of its own."),
     "other bytes than UTF-8": (b'{"text": "\xff"}\n', "utf-8"),
 }
 
