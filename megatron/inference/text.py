@@ -155,6 +155,8 @@ def check_generation(config: Config) -> None:
             raise ValueError("text_gen_type: input-file needs sample_input_file (or --sample_input_file): a text file with one prompt a line.")
         if not Path(wanted.sample_input_file).is_file():
             raise ValueError(f"sample_input_file {wanted.sample_input_file} does not exist: give a text file with one prompt a line.")
+        if Path(wanted.sample_input_file).resolve() == Path(wanted.sample_output_file).resolve():
+            raise ValueError(f"sample_output_file is sample_input_file ({wanted.sample_input_file}), which it would replace: name another file.")
     if wanted.text_gen_type != "interactive" and not Path(wanted.sample_output_file).absolute().parent.is_dir():
         raise ValueError(f"sample_output_file {wanted.sample_output_file}: its folder does not exist; create it, or name another.")
 
@@ -175,7 +177,10 @@ def write_texts(writer: Writer, *, terminal_in: TextIO, terminal_out: TextIO) ->
 
 def read_prompts(path: Path) -> list[str]:
     """The lines of the file that hold something, each without its line end and otherwise as it is."""
-    return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    try:
+        return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"sample_input_file {path} is not UTF-8 ({error}): write it anew as UTF-8.") from error
 
 
 def converse(writer: Writer, *, terminal_in: TextIO, terminal_out: TextIO) -> None:

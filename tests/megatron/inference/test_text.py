@@ -82,6 +82,9 @@ def test_input_file_answers_each_line_in_order(make_writer: MakeWriter, tmp_path
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [line["context"] for line in lines] == ["one ", "two, too", "three"]
     assert read_prompts(tmp_path / "prompts.txt") == ["one ", "two, too", "three"]
+    (tmp_path / "prompts.txt").write_bytes("one".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"prompts.txt is not UTF-8 \(.*\): write it anew as UTF-8"):
+        read_prompts(tmp_path / "prompts.txt")
 
 
 @pytest.mark.parametrize(
@@ -107,6 +110,7 @@ def test_a_conversation_answers_every_prompt_up_to_its_end(make_writer: MakeWrit
         ({"text_gen_type": "precompute"}, "precompute is refused"),
         ({"text_gen_type": "input-file"}, "needs sample_input_file"),
         ({"text_gen_type": "input-file", "sample_input_file": "nowhere.txt"}, "nowhere.txt does not exist"),
+        ({"text_gen_type": "input-file", "sample_input_file": __file__, "sample_output_file": __file__}, "which it would replace: name another file"),
         ({"sample_output_file": "nowhere/samples.txt"}, "its folder does not exist"),
         ({"top_p": 2.0}, "top_p is 2"),
     ],
