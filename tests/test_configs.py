@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from itertools import product
 from pathlib import Path
 
 import pytest
 import yaml
 
+from megatron.config.keys import KEYS, Honoured
 from megatron.config.loader import load_config
 from megatron.config.schema import Config
 from megatron.config.size import model_size
@@ -147,3 +149,20 @@ def test_local_files_resolve_on_a_cpu(base: str, method: str, world_size: int) -
     config = load_config(files, overrides=overrides, world_size=world_size, device="cpu", vocab_size=8192)
     assert config.batch.data_parallel_size == world_size
     assert config.attention.prefill.is_full(config.model.seq_length) == method.endswith("full")
+
+
+def test_the_page_gives_keys_and_defaults_as_they_are() -> None:
+    rows = re.findall(r"^\| (`[^|]*) \|", (CONFIGS / "README.md").read_text().partition("## Keys")[2], flags=re.MULTILINE)
+    names = [name for row in rows for name in re.findall(r"`(\w+)`(?!\))", row)]
+    rules = {name: KEYS[name] for name in names}
+    assert len(rules) > 20
+    for row in rows:
+        name, default = (re.match(r"`(\w+)` \(`?([\w.]+)`?\)", row) or re.match("()()", row)).groups()  # type: ignore[union-attr]
+        if not default:
+            continue
+        rule = rules[name]
+        assert isinstance(rule, Honoured)
+        if rule.field in ("prefill", "mode"):  # a member of the pattern, whose default is tested with it
+            continue
+        group = Config.model_fields[rule.group].annotation
+        assert str(group.model_fields[rule.field].default).lower().removesuffix(".0") == default, name  # type: ignore[union-attr]
