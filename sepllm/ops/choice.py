@@ -19,13 +19,15 @@ def is_native(impl: Impl, device_type: str) -> bool:
     """Whether the compiled operator computes it; ``auto``: on a CPU for which it can be built, unless the environment says
     ``SEPLLM_OPS=reference``.
 
-    Nowhere else, until a test on that kind of device has passed and is committed. A compiler asks once, and does not look inside.
+    Nowhere else, until a test on that kind of device has passed and is committed, unless the environment says ``SEPLLM_OPS=native``. A
+    compiler asks once, and does not look inside.
     """
     if impl not in ("auto", "native", "reference"):
         raise ValueError(f"impl is {impl!r}: use auto, native or reference.")
-    if impl == "auto" and (device_type != "cpu" or os.environ.get("SEPLLM_OPS") == "reference"):
-        return False
-    return impl == "native" or (impl == "auto" and extension.why_unavailable() is None)
+    chosen = os.environ.get("SEPLLM_OPS") if impl == "auto" else impl
+    if chosen in ("native", "reference"):
+        return chosen == "native"
+    return device_type == "cpu" and extension.why_unavailable() is None
 
 
 @torch.compiler.assume_constant_result

@@ -46,6 +46,8 @@ class Arm:
     framework: Framework = "ours"
     is_unfused: bool = False
     """Everything around attention, and the softmax in it, is plain torch, as in the reference implementation."""
+    is_native: bool = False
+    """Everything around attention is the compiled operators of the device, also where `auto` does not take them (yet)."""
     is_autocast: bool = False
     """bf16 by `torch.autocast` over float32 weights, instead of bf16 weights with float32 masters."""
     is_compiled: bool = False
@@ -71,13 +73,17 @@ COMPILED_ARMS = (
     Arm(name="sepllm_compiled", pattern="sepllm", core="auto", executes="kept", is_compiled=True),
     Arm(name="fused_triton_compiled", pattern="sepllm", core="fused_triton", executes="kept", is_compiled=True),
 )
+NATIVE_ARMS = (
+    Arm(name="full_native", pattern="full", core="sdpa", executes="causal", is_native=True),
+    Arm(name="fused_triton_native", pattern="sepllm", core="fused_triton", executes="kept", is_native=True),
+)
 PEER_ARMS = tuple(
     Arm(name=name + suffix, pattern="full", core="sdpa", executes="causal", framework=name, is_autocast=is_autocast, is_compiled=is_compiled)
     for name in cast(tuple[Framework, ...], ("transformers", "litgpt"))
     for suffix, is_autocast, is_compiled in (("", False, False), ("_autocast", True, False), ("_compiled", False, True))
 )
 """Other frameworks: with the dtypes that ours has, in their own usual bf16, and compiled."""
-ALL_ARMS = {arm.name: arm for arm in (*ARMS, *ONE_CORE_ARMS, FULL_AUTO, *COMPILED_ARMS, *PEER_ARMS)}
+ALL_ARMS = {arm.name: arm for arm in (*ARMS, *ONE_CORE_ARMS, FULL_AUTO, *COMPILED_ARMS, *NATIVE_ARMS, *PEER_ARMS)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

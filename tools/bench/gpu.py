@@ -68,7 +68,7 @@ def _training(model: str, length: int, *arms: str) -> Step:
     return _bench(f"train-step-{model}-{length}", "train_step", *words, limit_minutes=5)
 
 
-OURS = ("full", "fused_triton", "flex", "full_compiled", "fused_triton_compiled")
+OURS = ("full", "fused_triton", "flex", "full_native", "fused_triton_native", "full_compiled", "fused_triton_compiled")
 STEPS = (
     Step(name="build", words=("sepllm.ops.extension",), limit_minutes=4),
     _tests("test-operators", "tests/gpu/test_ops_on_cuda.py", "tests/gpu/test_losses_on_cuda.py", limit_minutes=3),

@@ -113,7 +113,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument("--dtype", choices=PRECISIONS, default="fp32", help="(default: %(default)s)")
     flags.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     flags.add_argument("--threads", type=int, default=2, help="of a CPU (default: %(default)s)")
-    names = [name for name, arm in ALL_ARMS.items() if not arm.is_compiled]
+    names = [name for name, arm in ALL_ARMS.items() if not (arm.is_compiled or arm.is_native)]
     flags.add_argument("--arms", nargs="+", choices=names, default=["sepllm", "full"], help="(default: %(default)s)")
     flags.add_argument("--steps", type=int, default=3, help="traced steps of each arm (default: %(default)s)")
     add_text_flags(flags)

@@ -93,8 +93,8 @@ class Worker:
 def serve(connection: Connection, assignment: Assignment) -> None:
     """The life of a worker: answers until it is told to end. An answer that is a string is what went wrong."""
     torch.set_num_threads(assignment.threads)
-    if assignment.arm.is_unfused:
-        os.environ["SEPLLM_OPS"] = "reference"
+    if assignment.arm.is_unfused or assignment.arm.is_native:
+        os.environ["SEPLLM_OPS"] = "reference" if assignment.arm.is_unfused else "native"
     device = torch.device(assignment.device)
     answers: dict[str, Callable[[], object]] = {}
     try:

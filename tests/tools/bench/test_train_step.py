@@ -214,6 +214,17 @@ def test_worker_on_a_gpu_gives_memory_back_after_every_turn(monkeypatch: pytest.
     assert "out of memory" in str(connection.answers[1])
 
 
+@pytest.mark.parametrize(("arm", "operators"), [("full", None), ("reference", "reference"), ("fused_triton_native", "native")])
+def test_arm_has_the_operators_that_its_name_says(arm: str, operators: str | None, monkeypatch: pytest.MonkeyPatch, text: torch.Tensor) -> None:
+    monkeypatch.setattr(turns.os, "environ", {})
+    monkeypatch.setattr(turns.os, "_exit", lambda status: None)
+    monkeypatch.setattr(turns, "_answers", lambda *_: {"check": lambda: turns.os.environ.get("SEPLLM_OPS")})
+    task = Assignment(arm=ALL_ARMS[arm], config=small(), device="cpu", engine="plain", threads=1, text=text.numpy())
+    connection = Questions("check", "end")
+    turns.serve(connection, task)  # type: ignore[arg-type]
+    assert connection.answers == [operators]
+
+
 def test_step_on_a_gpu_has_as_many_rows_as_fill_it() -> None:
     arguments = {device: train_step.parse(["--device", device]) for device in ("cpu", "cuda")}
     assert [train_step.batch_of(arguments["cuda"], length) for length in (2048, 8192, 32768)] == [8, 2, 1]
