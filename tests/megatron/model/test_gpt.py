@@ -18,7 +18,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaFo
 from megatron.config.loader import ConfigError
 from megatron.config.schema import Config, ModelConfig
 from megatron.config.size import model_size
-from megatron.model import gpt
+from megatron.model import gpt, passes
 from megatron.model.cache import KeyValueCache
 from megatron.model.gpt import GPTModel, build_model, cross_entropy, parameter_count
 from megatron.model.init import initialise
@@ -330,6 +330,22 @@ def test_positions_tell_the_order_of_tokens_and_none_does_not(position: str, mak
         model = random_model(make_config(pos_emb=name, num_layers=1)).eval()
         last, last_swapped = (model(text, full_layout(text, model.config))[:, -1] for text in (ids, swapped))
         assert torch.allclose(last, last_swapped, atol=1e-5) != tells, name
+
+
+def test_slopes_go_to_the_device_without_waiting_for_it(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or each forward pass would end what the device still does of the last step before it begins."""
+    waits = []
+
+    class Slopes(list):
+        def to(self, device: torch.device, *, non_blocking: bool = False) -> Tensor:
+            waits.append(not non_blocking)
+            return torch.tensor(self, device=device)
+
+    slopes_of = passes.alibi_slopes
+    monkeypatch.setattr(passes, "alibi_slopes", lambda heads: Slopes(slopes_of(heads).tolist()))
+    model, ids = random_model(make_config(pos_emb="alibi")), random_ids(1, 9)
+    model(ids, full_layout(ids, model.config))
+    assert waits == [False]
 
 
 def test_learned_positions_start_at_the_offset(make_config: MakeConfig) -> None:
