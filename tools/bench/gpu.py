@@ -22,11 +22,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from tools.bench.machine import ROOT
 from tools.bench.text import add_text_flags
 from tools.command import until_stopped
 
 FOLDER = Path("runs/bench-gpu")
+COMPILERS = "4"
+"""Processes that each process of a step compiles with. torch would start as many as there are processors for each of eight tests at a time."""
 LAST_LINES = 12
 """Of the log of a step that failed, which are shown."""
 
@@ -59,32 +63,35 @@ def _bench(name: str, tool: str, *words: str, limit_minutes: float) -> Step:
     return Step(name=name, words=(f"tools.bench.{tool}", *words, *usual), limit_minutes=limit_minutes, reads_text=True)
 
 
-def _attention(length: int) -> Step:
-    return _bench(f"attention-{length}", "attention", "--seq-lengths", str(length), "--minutes", "1", limit_minutes=5)
+def _attention(length: int, *variants: str) -> Step:
+    words = ("--seq-lengths", str(length), "--minutes", "1", *(("--variants", *variants) if variants else ()))
+    return _bench(f"attention-{length}", "attention", *words, limit_minutes=5)
 
 
 def _training(model: str, length: int, *arms: str) -> Step:
     words = ("--model", model, "--seq-lengths", str(length), "--arms", *arms, "--minutes", "1")
-    return _bench(f"train-step-{model}-{length}", "train_step", *words, limit_minutes=5)
+    return _bench(f"train-step-{model}-{length}", "train_step", *words, limit_minutes=6)
 
 
-OURS = ("full", "fused_triton", "flex", "full_native", "fused_triton_native", "full_compiled", "fused_triton_compiled")
+TO_COMPILE_FEW = ("dense_mask", "flex", "chunked", "fused_triton")
+"""The variants of attention without the two block masks over all pairs."""
+OURS = ("full", "fused_triton", "full_compiled", "fused_triton_compiled")
 STEPS = (
     Step(name="build", words=("sepllm.ops.extension",), limit_minutes=4),
     _tests("test-operators", "tests/gpu/test_ops_on_cuda.py", "tests/gpu/test_losses_on_cuda.py", limit_minutes=3),
     _tests("test-cores", "tests/gpu/test_cores_on_cuda.py", limit_minutes=4),
     _attention(2048),
-    _training("160m", 2048, *OURS, "reference", "transformers"),
-    _attention(8192),
-    _training("160m", 8192, *OURS, "transformers"),
-    _attention(32768),
+    _training("160m", 2048, *OURS, "full_native", "fused_triton_native", "reference", "transformers"),
+    _attention(32768, *TO_COMPILE_FEW),
     _training("160m", 32768, *OURS),
+    _attention(8192),
+    _training("160m", 8192, *OURS, "flex", "transformers"),
     _bench("cores", "cores", "--cores", "sdpa", "fused_triton", "chunked", "dense", limit_minutes=4),
+    _training("1.4b", 2048, *OURS),
     _bench("profile", "profile_step", "--arms", "fused_triton", "full", "transformers", limit_minutes=4),
-    _training("1-4b", 2048, "full", "full_compiled", "fused_triton_compiled"),
     _tests("test-flex", "tests/sepllm/attention/test_flex.py", limit_minutes=6),
     _tests("test-training", "tests/megatron/data/test_packet.py", "tests/test_end_to_end.py", limit_minutes=6),
-    _attention(4096),
+    _attention(4096, *TO_COMPILE_FEW),
     _bench("cores-with-flex", "cores", "--cores", "sdpa", "fused_triton", "flex", "chunked", "dense", limit_minutes=8),
 )
 """What the rest depends on first, then what says most."""
@@ -92,6 +99,9 @@ STEPS = (
 
 def main(argv: Sequence[str] | None = None, *, steps: Sequence[Step] = STEPS) -> int:
     arguments = parse(argv, steps=steps)
+    if steps is STEPS and not torch.cuda.is_available():
+        print("torch sees no CUDA device here, so every test would be skipped.", file=sys.stderr)
+        return 1
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     ended = _read(folder)
@@ -128,7 +138,7 @@ def run(step: Step, folder: Path, *, text: Sequence[str] = ()) -> Ended:
         process = subprocess.Popen(
             [sys.executable, "-m", *step.words, *text],
             cwd=ROOT,
-            env=os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))},
+            env=_environment(),
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # so that what it started ends with it
@@ -147,6 +157,11 @@ def run(step: Step, folder: Path, *, text: Sequence[str] = ()) -> Ended:
     if status != 0:
         print(*(f"    {line}" for line in log.read_text(errors="replace").splitlines()[-LAST_LINES:]), sep="\n", flush=True)
     return ended
+
+
+def _environment() -> dict[str, str]:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {"TORCHINDUCTOR_COMPILE_THREADS": COMPILERS} | os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 def _text_words(arguments: argparse.Namespace) -> list[str]:

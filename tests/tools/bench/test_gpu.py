@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from tools.bench import gpu
 from tools.bench.gpu import STEPS, Step, main
+from tools.bench.variants import variants
 
 ROOT = Path(__file__).parents[3]
 LEASE_MINUTES = 9
@@ -30,7 +32,7 @@ def test_step_fits_a_lease_and_its_words_are_understood(step: Step) -> None:
     if not module.startswith("tools."):
         return
     tool = importlib.import_module(module)
-    names = {"names": ["fused_triton"]} if module == "tools.bench.attention" else {}
+    names = {"names": [variant.name for variant in variants(torch.device("cpu"))]} if module == "tools.bench.attention" else {}
     arguments = tool.parse([*words, "--tokens", "tokens.npy", "--separator-ids", "1"], **names)
     assert (arguments.device, arguments.save) == ("cuda", True)
     assert getattr(arguments, "minutes", 0) < step.limit_minutes / 2  # comparing and compiling are beside these
