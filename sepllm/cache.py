@@ -183,10 +183,9 @@ class StoredTokens:
         [B, T]`` (by default the places in the text) are only kept, not looked at.
         """
         grown = self._with_room(ids.shape[1]) if is_text is None else self._with_padding(is_text)
-        new = grown.columns[:, :, self.width : grown.width]
-        new[0].copy_(ids)
+        grown.columns[0, :, self.width : grown.width].copy_(ids)
         if positions is not None:
-            new[2].copy_(positions)
+            grown.columns[2, :, self.width : grown.width].copy_(positions)
         return grown
 
     def _with_room(self, length: int) -> StoredTokens:
@@ -491,9 +490,13 @@ class Step:
     def ranges(self, *, sliding_width: int | None = None) -> KeyRanges:
         """What the new tokens read: all that their row holds up to themselves, ``sliding_width`` aside. Waits for no device."""
         stored, width = self.reads, self.reads.width
-        end = torch.arange(width - self.num_new + 1, width + 1, dtype=torch.int32, device=stored.first.device)
-        end = end.expand(stored.num_rows, -1).contiguous()
-        first = start = torch.minimum(stored.first, end)
+        if self.num_new == 1 and stored.has_text_in_every_row:
+            end, first = torch.full_like(stored.first, width), stored.first
+        else:
+            end = torch.arange(width - self.num_new + 1, width + 1, dtype=torch.int32, device=stored.first.device)
+            end = end.expand(stored.num_rows, -1).contiguous()
+            first = torch.minimum(stored.first, end)
+        start = first
         if sliding_width is not None:
             places = stored.places[:, width - self.num_new :]
             earliest = torch.searchsorted(stored.places.contiguous(), (places - sliding_width).clamp(min=0), out_int32=True)

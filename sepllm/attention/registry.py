@@ -42,7 +42,8 @@ def attend(
     ``core`` forces one of `core_names`; ``auto`` takes the best that supports the call. A query that reads nothing gives zeros.
     """
     _check(q, k, v, ranges)
-    q, k, v = (_as_autocast(x) for x in (q, k, v))
+    if _is_autocast_on(q.device.type):
+        q, k, v = (_as_autocast(x) for x in (q, k, v))
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     chosen = _choose(spec_of(q, ranges, softmax=softmax, bias=bias, dropout=dropout, needs_grad=needs_grad), core)
     if chosen.name not in ranges.derived:
@@ -102,12 +103,13 @@ def _choose(spec: AttentionSpec, name: str) -> Core:
     raise ValueError("No attention core can compute this: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) + ".")
 
 
+def _is_autocast_on(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _as_autocast(x: Tensor) -> Tensor:
-    """In the dtype of `torch.autocast` where that is on, as for torch's own attention: rotation left q and k in float32, v is not."""
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
-        return x
-    return x.to(torch.get_autocast_dtype(device))
+    """In the dtype of `torch.autocast`, as for torch's own attention: rotation left q and k in float32, v is not."""
+    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges) -> None:
