@@ -78,7 +78,7 @@ class _Reader:
     def read(self, tokens: Tensor | None) -> Tensor:
         if tokens is not None:
             self.layout = _extended(self.layout, tokens[:, None], decode=None if self.cache is None else self.decode)
-        logits = self.model(self.layout.ids[:, -self.layout.num_queries :], self.layout, cache=self.cache)
+        logits = self.model(self.layout.ids[:, -self.layout.num_queries :], self.layout, cache=self.cache, logits_to_keep=1)
         if self.on_pass is not None:
             self.on_pass(self.layout)
         return logits[:, -1, : self.vocab_size]

@@ -155,14 +155,16 @@ class GPTModel(nn.Module):
         cache: KeyValueCache | None = None,
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
+        logits_to_keep: int = 0,
     ) -> Tensor:
         """Logits of the layout's queries, ``[B, T, V]``; with ``labels`` and ``loss_mask``, ``[B, T]``, `cross_entropy`'s mean loss instead.
 
-        ``ids [B, T]`` are the last T columns of ``layout``. The columns before them must be in ``cache``, which grows by T.
+        ``ids [B, T]`` are the last T columns of ``layout``. The columns before them must be in ``cache``, which grows by T. ``logits_to_keep``: of
+        the last so many queries alone; 0: of all.
         """
         hidden_BTD = self._hidden(ids, layout, cache)
         if labels is None:
-            return self._logits(hidden_BTD)
+            return self._logits(hidden_BTD[:, -logits_to_keep:])
         assert loss_mask is not None, "labels come with a mask"
         return self._loss(hidden_BTD, labels, loss_mask)
 

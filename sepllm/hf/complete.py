@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Sequence
 
 import torch
@@ -57,6 +58,8 @@ class _Reader:
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], cache: Cache, vocab_size: int | None) -> None:
         self.model, self.cache, self.vocab_size = model, cache, vocab_size
+        self._only_last: dict[str, int] = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        """The logits of all tokens of a long prompt would take more memory than all else."""
         padding_id = model.get_decoder().config.pad_token_id
         self._prompts, self._mask = left_padded(prompts, 0 if padding_id is None else padding_id, model.device)
 
@@ -65,7 +68,9 @@ class _Reader:
         if tokens is not None:
             self._mask = torch.cat([self._mask, torch.ones_like(ids)], 1)
         positions = (self._mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        out = self.model(input_ids=ids, attention_mask=self._mask, position_ids=positions, past_key_values=self.cache, use_cache=True)
+        out = self.model(
+            input_ids=ids, attention_mask=self._mask, position_ids=positions, past_key_values=self.cache, use_cache=True, **self._only_last
+        )
         return out.logits[:, -1, : self.vocab_size]
 
     def select(self, rows: Tensor) -> None:

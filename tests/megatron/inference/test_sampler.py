@@ -71,6 +71,21 @@ def test_tokens_after_the_prompt_follow_the_decode_pattern(make_model: MakeModel
     assert not close(row.logits, narrow.logits)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_of_each_pass_only_the_last_logits_are_computed(
+    make_model: MakeModel, sparse: AttentionPattern, recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, lengths, logits_of = make_model(), [], GPTModel._logits
+
+    def noted(model: GPTModel, hidden: torch.Tensor) -> torch.Tensor:
+        lengths.append(hidden.shape[1])
+        return logits_of(model, hidden)
+
+    monkeypatch.setattr(GPTModel, "_logits", noted)
+    write(model, PROMPTS, sparse, recompute=recompute)
+    assert lengths == [1] * 20
+
+
 def test_a_row_ends_at_a_stop_token_which_is_not_part_of_it(make_model: MakeModel, sparse: AttentionPattern) -> None:
     model = make_model()
     unstopped = write(model, PROMPTS, sparse)

@@ -147,6 +147,14 @@ def test_a_sep_cache_that_drops_nothing_changes_no_text_of_full_attention(tmp_pa
     assert [row.ids for row in theirs] == [row.ids for row in ours]
 
 
+def test_of_a_prompt_only_the_last_logits_are_computed(tmp_path: Path) -> None:
+    both = make_both(tmp_path, MODES["sepllm"])
+    lengths: list[int] = []
+    both.converted.embed_out.register_forward_hook(lambda module, args, logits: lengths.append(logits.shape[1]))
+    both.from_converted()
+    assert lengths == [1] * TOKENS
+
+
 def test_rows_leave_a_small_sep_cache_without_changing_the_others(tmp_path: Path) -> None:
     both = make_both(tmp_path, MODES["sepllm"])
     sizes = {"separator_token_ids": [32, 44, 46], "PADDING_ID": 0, "layer_num": 2, "USE_MAX_SEP_CACHE": True}
