@@ -16,7 +16,7 @@ from tools.plan.layout import Layout, Recompute
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "benchmarks" / "results"
-MEASURED = ("2026-11-22-amd-epyc-train-step-160m-fp32-deepspeed.json",)
+MEASURED = ("2026-11-22-amd-epyc-train-step-160m-fp32-deepspeed-s2048.json",)
 PROCESS_BYTES = 0.35 * 2**30
 """Resident in a process before it has any tensor: Python, torch, DeepSpeed."""
 FULL = Text(share=0.0, kept_ratio=1.0)
