@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,11 @@ def test_tools_that_a_document_names_understand_its_words(document: str) -> None
     lines = re.findall(r"python -m (tools\.(?:bench|sepllm|plot)\.\w+)([^#`\n|]*)", (ROOT / document).read_text().replace("\\\n", " "))
     assert lines or document == "README.md"
     for module, words in lines:
-        shown = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+        shown = help_of(module)
         for flag in re.findall(r"--[a-z-]+", words):
-            assert flag in shown.stdout, f"{document}: {module} has no {flag}"
+            assert flag in shown, f"{document}: {module} has no {flag}"
+
+
+@cache
+def help_of(module: str) -> str:
+    return subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
