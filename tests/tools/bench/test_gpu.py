@@ -14,7 +14,7 @@ from tools.bench.gpu import STEPS, Step, main
 from tools.bench.variants import variants
 
 ROOT = Path(__file__).parents[3]
-LEASE_MINUTES = 9
+SLOT_MINUTES = 9
 """What may be had of a machine at a time."""
 
 
@@ -26,8 +26,8 @@ def test_every_test_that_is_marked_gpu_is_in_a_step() -> None:
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
-def test_step_fits_a_lease_and_its_words_are_understood(step: Step) -> None:
-    assert step.limit_minutes < LEASE_MINUTES
+def test_step_fits_a_slot_and_its_words_are_understood(step: Step) -> None:
+    assert step.limit_minutes < SLOT_MINUTES
     module, *words = step.words
     if not module.startswith("tools."):
         return
