@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.parallel.regions import TensorParallel, gather, joined_pieces, start_gather, start_sum, start_sum_cut, wait
-from sepllm.ops.linear import linear
+from sepllm.ops.linear import bias_gradient, linear, weight_gradient
 
 
 class ColumnLinear(nn.Linear):
@@ -90,5 +90,4 @@ class _GatheredProduct(torch.autograd.Function):
 
 def _of_parameters(gradient: Tensor, x: Tensor, *, has_bias: bool) -> tuple[Tensor, Tensor | None]:
     """Gradients of a weight and its bias."""
-    rows = gradient.flatten(0, -2)
-    return rows.t() @ x.flatten(0, -2), rows.sum(0) if has_bias else None
+    return weight_gradient(gradient, x), bias_gradient(gradient) if has_bias else None

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sepllm.ops import choice
-from sepllm.ops.linear import linear
+from sepllm.ops.linear import bias_gradient, linear, weight_gradient
 
 Approximate = Literal["tanh", "none"]
 
@@ -66,9 +66,8 @@ class _GeluLinear(torch.autograd.Function):
         choice.refuse_second_derivative("gelu_linear")
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        rows = grad_out.flatten(0, -2)
-        grad_bias = rows.sum(0) if wants_bias else None
-        grad_weight = rows.t() @ bias_gelu(x, None, approximate=ctx.approximate).flatten(0, -2) if wants_weight else None
+        grad_bias = bias_gradient(grad_out) if wants_bias else None
+        grad_weight = weight_gradient(grad_out, bias_gelu(x, None, approximate=ctx.approximate)) if wants_weight else None
         grad_x = _gelu_backward(linear(grad_out, weight.t()), x, approximate=ctx.approximate) if wants_x else None
         return grad_x, grad_weight, grad_bias, None
 

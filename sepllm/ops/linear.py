@@ -36,6 +36,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _product(x, weight, bias)
 
 
+def weight_gradient(grad_out: Tensor, x: Tensor) -> Tensor:
+    """``[E, D]``, of the weight of `linear`, for ``grad_out [..., E]`` and ``x [..., D]``."""
+    return grad_out.flatten(0, -2).t() @ x.flatten(0, -2)
+
+
+def bias_gradient(grad_out: Tensor) -> Tensor:
+    """``[E]``, of the bias of `linear`, for ``grad_out [..., E]``."""
+    return grad_out.flatten(0, -2).sum(0)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
@@ -46,10 +56,9 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         x, weight = ctx.saved_tensors
-        rows = grad_out.flatten(0, -2)
         grad_x = None if weight is None else linear(grad_out, weight.t())
-        grad_weight = None if x is None else rows.t() @ x.flatten(0, -2)
-        return grad_x, grad_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
+        grad_weight = None if x is None else weight_gradient(grad_out, x)
+        return grad_x, grad_weight, bias_gradient(grad_out) if ctx.needs_input_grad[2] else None
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
